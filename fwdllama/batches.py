@@ -1,0 +1,144 @@
+"""Which examples each step sees: a rolling batch, a pure function of (seed, step).
+
+Decoding a prompt costs as much as ten probes, while the prompts' KV cache does not depend on theta in scope `answer`. So a batch keeps
+its examples for several steps and replaces only its oldest units before each. Many different examples a step matter more than
+many directions for each (LOG.md).
+
+A unit is up to `unit_size` examples whose prompts begin alike, such as the questions of one paragraph; their common beginning is
+decoded once. Units are made into tokens when they are first drawn, so that a large file costs no more at start than a small one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fwdllama.errors import DataError
+from fwdllama.types import Encoded, Example
+
+Rows = list[Encoded | None]
+
+
+class Units(Protocol):
+    """Units by number. A unit may be empty, when none of its examples can be used; then another is drawn in its place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Encoded, ...]: ...
+
+
+class EncodedUnits:
+    """Units of a data set, made into tokens on demand; counts the examples left out for their length."""
+
+    def __init__(
+        self, groups: Sequence[Sequence[Example]], encode: Callable[[Example], Encoded], n_ctx: int, source: str
+    ) -> None:
+        self._groups, self._encode, self.n_ctx, self.source = groups, encode, n_ctx, source
+        self._made: dict[int, tuple[Encoded, ...]] = {}
+        self.skipped: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> tuple[Encoded, ...]:
+        """Unit `index`, without the examples that do not fit `n_ctx` tokens."""
+        if index not in self._made:
+            kept = []
+            for example in self._groups[index]:
+                encoded = self._encode(example)
+                if encoded.n_tokens <= self.n_ctx:
+                    kept.append(encoded)
+                elif len(encoded.prompt) + len(encoded.invocation) > self.n_ctx:
+                    self.skipped[f"prompt longer than the context of {self.n_ctx} tokens"] += 1
+                else:
+                    self.skipped[f"answer longer than the context of {self.n_ctx} tokens leaves room for"] += 1
+            self._made[index] = tuple(kept)
+        return self._made[index]
+
+
+def groups_of(examples: Sequence[Example], size: int) -> list[tuple[Example, ...]]:
+    """Neighbours that share all fields but the last one of their template (SQuAD: the context), at most `size` together."""
+    groups: list[list[Example]] = []
+    for example in examples:
+        key = _key(example)
+        if groups and key is not None and len(groups[-1]) < size and _key(groups[-1][0]) == key:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return [tuple(group) for group in groups]
+
+
+def _key(example: Example) -> Hashable | None:
+    return example.fields.get("context")
+
+
+class RollingBatches:
+    """The batch of every step: `n_slots` units, of which `fresh` are replaced before each step after the first.
+
+    Raises:
+        DataError: no unit has an example that fits.
+    """
+
+    def __init__(self, units: Units, *, unit_size: int, n_slots: int, fresh: int, seed: int) -> None:
+        self.units, self.unit_size, self.seed = units, unit_size, seed
+        self._drawn: list[tuple[Encoded, ...]] = []
+        self._next = 0
+        usable = 0
+        while usable < n_slots and self._next < len(units):  # a small data set fills fewer slots
+            usable += self._draw()
+        if not usable:
+            n_ctx = getattr(units, "n_ctx", None)
+            raise DataError(
+                f"{getattr(units, 'source', 'the data')}: none of its examples fits the context of {n_ctx} tokens. Use a larger --ctx."
+            )
+        self.n_slots = usable
+        self.fresh = min(fresh, usable)
+
+    def _draw(self) -> bool:
+        """Take the next unit of an endless sequence of shuffled passes; whether it has examples."""
+        epoch, place = divmod(self._next, len(self.units))
+        self._next += 1
+        unit = self.units[int(shuffled(self.seed, epoch, len(self.units))[place])]
+        if unit:
+            self._drawn.append(unit[: self.unit_size])
+        return bool(unit)
+
+    def batch(self, step: int) -> tuple[Rows, list[int]]:
+        """The rows of `step`, n_slots x unit_size of them, None where a unit is short, and which rows are new in this step."""
+        n_drawn = self.n_slots + step * self.fresh
+        while len(self._drawn) < n_drawn:
+            self._draw()
+        rows: Rows = [None] * (self.n_slots * self.unit_size)
+        new: list[int] = []
+        for drawn in range(n_drawn - self.n_slots, n_drawn):
+            start = drawn % self.n_slots * self.unit_size
+            unit = self._drawn[drawn]
+            rows[start : start + len(unit)] = unit
+            if step == 0 or drawn >= n_drawn - self.fresh:
+                new += range(start, start + len(unit))
+        return rows, sorted(new)
+
+
+def shuffled(seed: int, epoch: int, n: int) -> NDArray[np.intp]:
+    """A permutation of range(n) from raw words, which, unlike numpy's own shuffles, no release may change."""
+    words = np.random.Philox(key=seed, counter=[0, 0, 1, epoch]).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def grouped(rows: Sequence[Encoded | None], size: int, seed: int) -> list[tuple[int, ...]]:
+    """The rows that hold examples, in groups of `size` with targets of similar length, so that little padding is decoded.
+
+    Ties are broken by the seed, so that the same examples meet others in the next step. A remainder joins the last group.
+    """
+    chance = np.random.Philox(key=seed).random_raw(len(rows))
+    lengths = {row: len(example.target) for row, example in enumerate(rows) if example is not None}
+    order = sorted(lengths, key=lambda row: (lengths[row], chance[row]))
+    n_groups = max(1, len(order) // size)
+    groups = [order[i * size : (i + 1) * size] for i in range(n_groups)]
+    groups[-1] += order[n_groups * size :]
+    return [tuple(group) for group in groups]

@@ -1,0 +1,168 @@
+"""Every choice of a training run, with its default and the reason for it; frozen, checked, and stored in the run directory.
+
+Defaults were chosen by measurement on SmolLM2-135M with SQuAD training questions (LOG.md has the trials).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fwdllama.errors import UsageError
+from fwdllama.space import MODULES
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SpaceConfig(Section):
+    """What is trained."""
+
+    modules: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up")
+    layers: tuple[int, int] | None = None  # first and last; None: the band of depth where the slope is (see `layer_band`)
+    rank: Positive = 4
+    alpha: PositiveFloat = 8.0
+    train: Literal["b", "ab"] = "b"
+    init: Literal["activation", "random"] = "activation"  # how A is chosen
+    scope: Literal["answer", "all"] = "answer"
+
+    @field_validator("modules")
+    @classmethod
+    def _known(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        for module in modules:
+            if module not in MODULES:
+                hint = "; with tied embeddings it is the output matrix too" if module == "token_embd" else ""
+                raise ValueError(f"module {module!r} cannot be trained{hint}; choose from {', '.join(MODULES)}")
+        if not modules or len(set(modules)) != len(modules):
+            raise ValueError(f"modules {','.join(modules)!r} must name at least one module, each once")
+        return modules
+
+
+class EstimatorConfig(Section):
+    """How slopes are measured."""
+
+    examples_per_probe: Positive = 2  # a decode of 16 tokens costs what one of 10 does
+    sided: Literal["one", "two"] = "one"
+    rounds: Positive = 8  # directions for each group of examples and step
+    eps: PositiveFloat | None = None  # None: calibrated
+    objective: Literal["nll", "f1"] = "nll"
+
+
+class PacingConfig(Section):
+    """When a step is taken."""
+
+    kind: Literal["fixed", "variance"] = "fixed"
+    tau: PositiveFloat = 0.02  # variance gate, nats^2 per eps^2
+    max_rounds: Positive = 32
+
+
+class StepConfig(Section):
+    """What a step does with its slopes."""
+
+    lr: PositiveFloat = 0.11  # how far one probe, its slope one RMS, moves each coordinate; in units of eps
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
+    accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
+    candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
+
+
+class BatchConfig(Section):
+    """Which examples are in memory."""
+
+    units: Positive = 10  # paragraphs (or single examples of ungrouped data) held at once
+    per_unit: Positive = 4  # questions of each
+    fresh: Positive = 2  # units replaced before each step
+    n_ctx: Positive | None = None  # tokens of an example; None: from the data
+    held_out: Positive = 32  # examples of the evaluation data whose loss is watched
+    evaluate_every: Positive = 4  # steps
+
+
+class BudgetConfig(Section):
+    """When training ends; whichever comes first."""
+
+    seconds: PositiveFloat | None = None
+    steps: Positive | None = None
+    probes: Positive | None = None
+    patience: Positive | None = None  # evaluations without a better held-out loss
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.seconds is None and self.steps is None and self.probes is None:
+            raise ValueError("one of seconds, steps and probes must be given")
+        return self
+
+
+class EngineConfig(Section):
+    """How llama.cpp runs; nothing here changes what is learned, though kernels differ in their last bits."""
+
+    n_threads: Positive | None = None  # None: one a core
+    kv_type: Literal["f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
+    mmap: bool = False
+    repack: bool = True
+    flash: bool = False  # flash attention makes a loss depend on what else is decoded with it, by up to 0.07 nats
+    n_gpu_layers: Annotated[int, Field(ge=0)] = 0
+    n_batch: Positive = 512
+    trunk: bool = True  # compute the layers below the first trained one once an example
+
+
+class TrainConfig(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    template: Literal["seed", "chat"] = "seed"
+    space: SpaceConfig = SpaceConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    pacing: PacingConfig = PacingConfig()
+    step: StepConfig = StepConfig()
+    batch: BatchConfig = BatchConfig()
+    budget: BudgetConfig
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.estimator.examples_per_probe > self.batch.units * self.batch.per_unit:
+            raise ValueError("examples_per_probe exceeds the examples of a batch (units x per_unit)")
+        if self.batch.fresh > self.batch.units:
+            raise ValueError("fresh cannot exceed units")
+        return self
+
+
+def make_config(values: dict[str, Any]) -> TrainConfig:
+    """A checked configuration from nested plain values.
+
+    Raises:
+        UsageError: a value is out of range, of the wrong type, or unknown; the first problem, in one sentence.
+    """
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "configuration"
+        raise UsageError(f"{place}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r}).") from error
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration stored in a run directory."""
+    import json
+
+    try:
+        return make_config(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path}: not a readable configuration ({error}).") from error
+
+
+def layer_band(n_layers: int) -> tuple[int, int]:
+    """First and last of the layers that carry the slope once an answer's form is learned: from 0.3 to 0.6 of the depth.
+
+    >>> layer_band(30)
+    (9, 17)
+    """
+    first = round(0.3 * n_layers)
+    return first, max(first, round(0.6 * n_layers) - 1)

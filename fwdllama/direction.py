@@ -1,0 +1,52 @@
+"""A seed becomes a direction z in {-1, +1}^d.
+
+The bits come from `numpy.random.Philox(key=seed).random_raw`, least significant first, a set bit meaning -1. Raw streams are
+stable across platforms and numpy versions, which normal deviates are not; a golden hash in the tests pins them, because devices
+and aggregators exchange seeds instead of directions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+SEED_BITS = 64
+Bits = NDArray[np.uint8]
+
+
+def packed_bits(seed: int, n_params: int) -> Bits:
+    """The ceil(n_params / 8) bytes that define the direction of `seed`, first coordinate in the lowest bit of the first byte.
+
+    >>> packed_bits(7, 16)
+    array([164, 251], dtype=uint8)
+    """
+    if not 0 <= seed < 1 << SEED_BITS:
+        raise ValueError(f"seed {seed} is not an unsigned {SEED_BITS}-bit number.")
+    words = np.random.Philox(key=seed).random_raw(-(-n_params // 64))
+    return words.astype("<u8", copy=False).view(np.uint8)[: -(-n_params // 8)]
+
+
+def direction(seed: int, n_params: int) -> NDArray[np.float32]:
+    """z of `seed`, float32 (n_params,).
+
+    >>> direction(7, 8)
+    array([ 1.,  1., -1.,  1.,  1., -1.,  1., -1.], dtype=float32)
+    """
+    z = unpack(packed_bits(seed, n_params), n_params)
+    return z
+
+
+def unpack(bits: Bits, n_params: int) -> NDArray[np.float32]:
+    """Bits as signs: 0 becomes +1, 1 becomes -1."""
+    z = np.unpackbits(bits, count=n_params, bitorder="little").astype(np.float32)
+    z *= np.float32(-2.0)
+    z += np.float32(1.0)
+    return z
+
+
+def add_scaled(target: NDArray[np.float32], scale: float, seed: int) -> None:
+    """target += scale * z(seed), in place and in float32.
+
+    The order of the two roundings is part of the wire contract: scale is rounded to float32 once, then added with its sign.
+    """
+    target += np.float32(scale) * direction(seed, target.size)

@@ -1,0 +1,197 @@
+"""Examples as tokens of one model.
+
+Prompt, invocation and target are tokenised apart on purpose: the adapter of scope `answer` is switched on between the
+first two, so a token must end there, whereas some vocabularies would merge the newlines on both sides into one. Within
+each part the tokens are those that an ordinary runtime gives the whole text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fwdllama.errors import DataError
+from fwdllama.llama.binding import llama
+from fwdllama.llama.model import Model
+from fwdllama.tasks import Kind
+from fwdllama.tasks.template import Template, chat_template, seed_template
+from fwdllama.types import Dataset, Encoded, Example, Segment
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """What of a data set can be used with one model; `sources[i]` is the example that `examples[i]` was made from.
+
+    `skipped` counts what was left out, by reason; `file` is where the data came from, for messages.
+    """
+
+    examples: tuple[Encoded, ...]
+    sources: tuple[Example, ...]
+    skipped: dict[str, int] = field(default_factory=dict)
+    file: str = ""
+
+    def within(self, n_ctx_seq: int) -> EncodedDataset:
+        """The examples whose prompt, invocation and target fit `n_ctx_seq` tokens; the others are counted in `skipped`.
+
+        Raises:
+            DataError: none fits.
+        """
+        skipped = Counter(self.skipped)
+        kept = []
+        for i, example in enumerate(self.examples):
+            if len(example.prompt) + len(example.invocation) > n_ctx_seq:
+                skipped[f"prompt longer than the context of {n_ctx_seq} tokens"] += 1
+            elif example.n_tokens > n_ctx_seq:
+                skipped[f"prompt and answer longer than the context of {n_ctx_seq} tokens"] += 1
+            else:
+                kept.append(i)
+        if not kept:
+            shortest = min((example.n_tokens for example in self.examples), default=0)
+            raise DataError(
+                f"{self.file}: none of its {len(self.examples)} examples fits the context of {n_ctx_seq} tokens; "
+                f"the shortest needs {shortest} with its answer. Use a larger --ctx."
+            )
+        return EncodedDataset(
+            tuple(self.examples[i] for i in kept), tuple(self.sources[i] for i in kept), dict(skipped), self.file
+        )
+
+
+class Encoder:
+    """Turns examples into tokens with one model and template; what they share is tokenised once."""
+
+    def __init__(self, model: Model, template: Template) -> None:
+        self.model, self.template = model, template
+        self.invocation = invocation_tokens(model, template)
+        self._bos = (model.bos,) if model.adds_bos and not template.bos else ()
+        self._end = model.end_of_turn if template.name == "chat" else model.end
+        self._controls: dict[int, bool] = {}
+        self._expected = [
+            token
+            for segment in (*template.before, *template.after)
+            if segment.special
+            for token in self._control_tokens(model.tokenize(segment.text, special=True))
+        ]
+        self._choices: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def question(self, example: Example) -> Encoded:
+        """The prompt and what may follow it, without a target: for an example whose answer is not known."""
+        return Encoded(example.id, self._prompt(example), self.invocation, (), self._choice_tokens(example.choices))
+
+    def example(self, example: Example) -> Encoded:
+        """The example with its target: the first answer and an end token, or the right label word's first token.
+
+        The end is that of a text or, with a chat template, that of a turn.
+
+        Raises:
+            DataError: it has no answer, or two label words cannot be told apart.
+        """
+        text = self.template.target(example)
+        choices = self._choice_tokens(example.choices)
+        if choices:
+            target: tuple[int, ...] = (choices[example.choices.index(text)],)
+        else:
+            target = (*self._behind_invocation(text), self._end)
+        return Encoded(example.id, self._prompt(example), self.invocation, target, choices)
+
+    def _prompt(self, example: Example) -> tuple[int, ...]:
+        segments = self.template.render(example)
+        text = "".join(segment.text for segment in segments)
+        if not any(segment.special for segment in segments):
+            return (*self._bos, *self.model.tokenize(text))
+        # As a whole, as an ordinary runtime would; but a user's text may spell control tokens, which must stay text.
+        tokens = self.model.tokenize(text, special=True)
+        if self._control_tokens(tokens) != self._expected:
+            tokens = self.model.encode(segments)
+        return (*self._bos, *tokens)
+
+    def _control_tokens(self, tokens: Sequence[int]) -> list[int]:
+        """Those of `tokens` that stand for no text."""
+        known = self._controls
+        for token in tokens:
+            if token not in known:
+                known[token] = not self.model.piece(token)
+        return [token for token in tokens if known[token]]
+
+    def _behind_invocation(self, text: str) -> list[int]:
+        last = self.template.invocation[-1].text
+        return _behind_newline(self.model, text) if last.endswith("\n") else self.model.tokenize(text)
+
+    def _choice_tokens(self, words: tuple[str, ...]) -> tuple[int, ...]:
+        if words not in self._choices:
+            first: dict[int, str] = {}
+            for word in words:
+                token = self._behind_invocation(word)[0]
+                if token in first:
+                    piece = self.model.piece(token).decode(errors="replace")
+                    raise DataError(
+                        f"the label words {first[token]!r} and {word!r} begin with the same token {piece!r} of "
+                        f"{self.model.info.path}, so the model cannot tell them apart; choose others with --labels."
+                    )
+                first[token] = word
+            self._choices[words] = tuple(first)
+        return self._choices[words]
+
+
+def encode_dataset(model: Model, dataset: Dataset, template: Template, *, n_ctx_seq: int | None) -> EncodedDataset:
+    """Every example as tokens, less those that do not fit `n_ctx_seq` (None: all are kept).
+
+    Raises:
+        DataError: nothing fits, an example has no answer, or two label words cannot be told apart.
+    """
+    encoder = Encoder(model, template)
+    encoded = EncodedDataset(
+        tuple(encoder.example(example) for example in dataset.examples), dataset.examples, {}, dataset.source
+    )
+    return encoded if n_ctx_seq is None else encoded.within(n_ctx_seq)
+
+
+def invocation_tokens(model: Model, template: Template) -> tuple[int, ...]:
+    """The tokens from which the adapter of scope `answer` is on, as they are behind a prompt's last newline."""
+    return tuple(_invocation(model, template.invocation))
+
+
+def _invocation(model: Model, segments: tuple[Segment, ...]) -> Iterator[int]:
+    for segment in segments:
+        yield from _behind_newline(model, segment.text, special=segment.special)
+
+
+def _behind_newline(model: Model, text: str, *, special: bool = False) -> list[int]:
+    """Tokens of `text` as they are behind a newline, or as they are at the beginning where the newline would merge in.
+
+    SentencePiece puts a space before the beginning of every text that it is given; there is none inside a text.
+    """
+    newline = model.tokenize("\n")
+    whole = model.tokenize("\n" + text, special=special)
+    n = len(newline)
+    return whole[n:] if whole[:n] == newline else model.tokenize(text, special=special)
+
+
+def model_template(model: Model, name: Literal["seed", "chat"], kind: Kind) -> Template:
+    """The seed template, or the one of the model's own conversations.
+
+    Raises:
+        DataError: the model has no chat template, or one that cannot be used.
+    """
+    if name == "seed":
+        return seed_template(kind)
+    return chat_template(
+        model.info.chat_template or "",
+        kind,
+        _spelling(model, model.info.bos_token),
+        _spelling(model, model.info.eos_token),
+    )
+
+
+def _spelling(model: Model, token: int | None) -> str:
+    """How a chat template writes a control token; `Model.piece` has no text for those."""
+    if token is None:
+        return ""
+    text: bytes = llama().llama_vocab_get_text(model.vocab, token)
+    return text.decode(errors="replace")
+
+
+def longest(examples: Sequence[Encoded], max_new_tokens: int) -> int:
+    """Cells that the longest example occupies with its target, or with `max_new_tokens` of a generated answer."""
+    return max(len(e.prompt) + len(e.invocation) + max(len(e.target), max_new_tokens) for e in examples)

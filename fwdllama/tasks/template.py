@@ -1,0 +1,194 @@
+"""How an example becomes the text that the model sees, and how what it generates becomes an answer.
+
+`seed` is plain text and works with every model; `chat` is the conversation that the model was tuned on. Both split
+into a prompt and an `invocation`: in scope `answer` the adapter is off in the first and on from the second. A user's
+own text is only ever concatenated and never special, so braces, Jinja code and control tokens in it mean nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fwdllama.errors import DataError
+from fwdllama.score import normalise
+from fwdllama.tasks import Kind
+from fwdllama.types import Example, Segment
+
+NO_ANSWER = "unanswerable"
+
+_SEED_INVOCATION = {
+    "squad": "\n### Answer:\n",
+    "pairs": "\n### Answer:\n",
+    "classification": "\n### Label:\n",
+}
+
+# Chat templates may show today's date. Two runs must not differ by it, so it is always the one that Llama 3's shows
+# where no date is to be had.
+_TODAY = datetime.date(2024, 7, 26)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt is `before`, the example's content and `after`; the answer follows `invocation`.
+
+    `bos` says that the prompt already begins with the model's BOS token, as many chat templates do; whoever turns it
+    into tokens must not add another, although the vocabulary may ask for one.
+    """
+
+    name: Literal["seed", "chat"]
+    kind: Kind
+    invocation: tuple[Segment, ...]
+    before: tuple[Segment, ...] = ()
+    after: tuple[Segment, ...] = ()
+    bos: bool = False
+    no_answer: str = NO_ANSWER
+
+    def render(self, example: Example) -> tuple[Segment, ...]:
+        """The prompt, up to the invocation."""
+        content = _seed_content if self.name == "seed" else _chat_content
+        return (*self.before, Segment(content(self.kind, example.fields, example.choices)), *self.after)
+
+    def target(self, example: Example) -> str:
+        """The text trained on: the first answer, or `no_answer` where a SQuAD v2.0 question has none.
+
+        Raises:
+            DataError: an example of another kind has no answer.
+        """
+        if example.answers:
+            return example.answers[0].strip()
+        if self.kind == "squad":
+            return self.no_answer
+        raise DataError(f"Example {example.id!r} has no answer to train on.")
+
+    def parse(self, generated: str, example: Example) -> str:
+        """The answer in a generated text: its first line, or the empty string for `no_answer`.
+
+        Models go on after an answer, so later lines are dropped, unless a reference has several lines itself.
+        """
+        text = generated.strip()
+        if not any("\n" in answer.strip() for answer in example.answers):
+            text = text.partition("\n")[0].rstrip()
+        if self.kind == "squad" and normalise(text) == normalise(self.no_answer):
+            return ""
+        return text
+
+
+def seed_template(kind: Kind) -> Template:
+    """The plain text template, for any model.
+
+    >>> template = seed_template("pairs")
+    >>> template.render(Example("1", {"prompt": "Say {hi}"}, ("hi",)))
+    (Segment(text='Say {hi}\\n', special=False),)
+    >>> template.invocation
+    (Segment(text='\\n### Answer:\\n', special=False),)
+    """
+    return Template("seed", kind, (Segment(_SEED_INVOCATION[kind]),))
+
+
+def chat_template(source: str, kind: Kind, bos_token: str, eos_token: str) -> Template:
+    """The template of a model's own conversations, from the Jinja `source` in its GGUF (`tokenizer.chat_template`).
+
+    It is rendered once, with a placeholder for the user's message, and split there: all around it is special. The
+    invocation is what `add_generation_prompt` appends. The source comes with a downloaded file, hence the sandbox;
+    and thinking, where the model has it, is off, because the answer must follow the invocation.
+
+    Raises:
+        DataError: there is no source, it fails, or it cannot be split so; each message recommends the seed template.
+    """
+    if not source.strip():
+        raise _unusable("the model has none")
+    # cannot occur in the source by accident, is the same in every run, and survives trimming and escaping
+    placeholder = f"message{hashlib.sha256(source.encode(errors='replace')).hexdigest()}"
+    prompt = _rendered(source, placeholder, bos_token, eos_token, add_generation_prompt=False)
+    prompt_and_invocation = _rendered(source, placeholder, bos_token, eos_token, add_generation_prompt=True)
+    if prompt.count(placeholder) != 1:
+        raise _unusable(f"it shows a user's message {prompt.count(placeholder)} times instead of once")
+    if not prompt_and_invocation.startswith(prompt):
+        prompt = prompt.removesuffix(eos_token)  # Phi 3's template adds it where it is not to go on
+    if not prompt_and_invocation.startswith(prompt):
+        raise _unusable("its generation prompt changes what stands before it")
+    invocation = prompt_and_invocation.removeprefix(prompt)
+    if not invocation:
+        raise _unusable("it adds no generation prompt, from which the adapter could be on")
+    before, _, after = prompt.partition(placeholder)
+    return Template(
+        "chat",
+        kind,
+        invocation=(Segment(invocation, special=True),),
+        before=_special(before),
+        after=_special(after),
+        bos=bool(bos_token) and before.startswith(bos_token),
+    )
+
+
+def _rendered(source: str, content: str, bos_token: str, eos_token: str, *, add_generation_prompt: bool) -> str:
+    # the settings and names that chat templates are written for: those of Hugging Face transformers
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _TODAY.strftime}
+    try:
+        return environment.from_string(source).render(
+            messages=[{"role": "user", "content": content}],
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            tools=None,
+            documents=None,
+            enable_thinking=False,
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise _unusable(f"it fails: {reason}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what an assistant said; here it is merely what it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares a plain set
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The enclosed statements."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> str:
+    raise jinja2.TemplateError(message)
+
+
+def _unusable(reason: str) -> DataError:
+    return DataError(f"The model's chat template cannot be used: {reason}. Use the seed template instead.")
+
+
+def _special(text: str) -> tuple[Segment, ...]:
+    return (Segment(text, special=True),) if text else ()
+
+
+def _seed_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:
+    # an f-string inserts values as they are: braces in a user's text stay braces
+    if kind == "squad":
+        return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}\n"
+    if kind == "pairs":
+        return f"{fields['prompt']}\n"
+    return f"### Text:\n{fields['text']}\n"
+
+
+def _chat_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:
+    """The same as a request; an instructed model is told what form of answer counts."""
+    if kind == "squad":
+        request = "Answer the question with a few words copied from the text."
+        return f"{request}\n\nText: {fields['context']}\n\nQuestion: {fields['question']}"
+    if kind == "pairs":
+        return fields["prompt"]
+    return f"Which label fits the text: {', '.join(choices)}? Answer with the label only.\n\nText: {fields['text']}"

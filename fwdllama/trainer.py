@@ -1,0 +1,263 @@
+"""The training loop: batch, probes, step, test, record. It knows the oracle only through its protocol.
+
+One step in eight sentences: the batch's rolling part is replaced; the unperturbed losses are taken once; groups of examples are drawn;
+every probe writes theta + eps z and asks one group's loss; slopes are centred and clipped; coefficients follow from their size
+alone; the next batch is loaded and the step tested on the examples in it that are new; what is kept goes into the ledger.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fwdllama.batches import RollingBatches, grouped
+from fwdllama.checkpoint import RunDirectory, State
+from fwdllama.config import TrainConfig
+from fwdllama.errors import EngineError
+from fwdllama.estimator import Probe, centred_slopes, evaluate
+from fwdllama.ledger import Entry
+from fwdllama.oracle import LossOracle
+from fwdllama.pacing import Fixed, Pacing, VarianceGate
+from fwdllama.sampler import Sampler, seed_at
+from fwdllama.step import StepState, clipped, coefficients, combined
+from fwdllama.types import Encoded
+
+FIRST_STEP_FACTORS = (0.5, 1.0, 2.0)  # powers of two, so that scaled coefficients stay exact
+_GROUPING = 1 << 62  # keeps the seeds that shuffle groups apart from those of directions
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a display may show at any moment; `step_probes` of `step_wanted` probes of the current step are done."""
+
+    state: State
+    metrics: dict[str, Any] | None  # the row just recorded, None within a step
+    step_probes: int
+    step_wanted: int
+    fraction: float
+
+
+@dataclass
+class Clock:
+    """Wall clock and engine time of this process; `decode_s` counts what was spent inside the model. Replaceable in tests."""
+
+    now: Callable[[], float] = time.monotonic
+    decode_s: Callable[[], float] = lambda: 0.0
+    n_tokens: Callable[[], int] = lambda: 0
+    peak_memory_bytes: Callable[[], int] = lambda: 0
+
+
+@dataclass
+class Trainer:
+    """A run in progress. `run()` goes on until a budget ends it or `stop` becomes true; every step is on disk when it is shown."""
+
+    config: TrainConfig
+    oracle: LossOracle
+    batches: RollingBatches
+    held_out: Sequence[Encoded | None]  # rows that stay loaded in front of every batch; may be empty
+    directory: RunDirectory
+    theta: NDArray[np.float32]
+    clock: Clock = field(default_factory=Clock)
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    stop: Callable[[], bool] = lambda: False
+    _update: NDArray[np.float32] | None = None
+
+    def run(self) -> State:
+        """Train until a budget is used up, the held-out loss no longer falls, or `stop` says so; returns the last state."""
+        self._begun = self.clock.now() - self.directory.state.elapsed_s
+        self._decode_before = self.directory.state.decode_s - self.clock.decode_s()
+        new_rows = self._load(self.state.step)
+        if self.state.step == 0 and self.state.best_loss is None and self.held_out:
+            self.oracle.write(self.theta)
+            self.directory.save(replace(self.state, best_loss=self._held_out_loss()))
+        while self.state.finished is None and not self.stop():
+            reason = self._spent()
+            if reason is not None:
+                self._finish(reason)
+                break
+            if not self._step(new_rows):
+                break
+            new_rows = self._new_rows
+        return self.state
+
+    @property
+    def state(self) -> State:
+        """The state as recorded."""
+        return self.directory.state
+
+    def _elapsed(self) -> float:
+        return self.clock.now() - self._begun
+
+    def fraction(self) -> float:
+        """How much of the tightest budget is used, 0 to 1."""
+        budget, state = self.config.budget, self.state
+        used = [0.0]
+        if budget.seconds is not None:
+            used.append(self._elapsed() / budget.seconds)
+        if budget.steps is not None:
+            used.append(state.step / budget.steps)
+        if budget.probes is not None:
+            used.append(state.n_probes / budget.probes)
+        return min(1.0, max(used))
+
+    def _spent(self) -> str | None:
+        patience = self.config.budget.patience
+        if patience is not None and self.state.evaluations_since_best >= patience:
+            return f"the held-out loss has not fallen for {patience} evaluations"
+        return "the budget is used up" if self.fraction() >= 1.0 else None
+
+    def _finish(self, reason: str) -> None:
+        self.directory.save(replace(self.state, finished=reason, elapsed_s=self._elapsed()))
+
+    def _load(self, step: int) -> list[int]:
+        """Put the batch of `step` behind the held-out rows; returns the rows that are new in it."""
+        rows, new = self.batches.batch(step)
+        self._rows = [*self.held_out, *rows]
+        self.oracle.load(self._rows)
+        self._new_rows = [len(self.held_out) + row for row in new]
+        return self._new_rows
+
+    def _held_out_loss(self) -> float:
+        rows = [i for i, example in enumerate(self.held_out) if example is not None]
+        return float(self.oracle.losses(rows).mean())
+
+    def _pacing(self, n_groups: int) -> Pacing:
+        pacing, rounds = self.config.pacing, self.config.estimator.rounds
+        if pacing.kind == "fixed":
+            return Fixed(rounds * n_groups)
+        return VarianceGate(pacing.tau, min(4, pacing.max_rounds) * n_groups, pacing.max_rounds * n_groups)
+
+    def _step(self, new_rows: Sequence[int]) -> bool:
+        """One step; False when it was interrupted before anything of it was recorded."""
+        config, state = self.config, self.state
+        started, tokens = self.clock.now(), self.clock.n_tokens()
+        decoded = self.clock.decode_s()
+        fraction = self.fraction()
+        offset = len(self.held_out)
+        own = [None] * offset + list(self._rows[offset:])
+        groups = grouped(own, config.estimator.examples_per_probe, seed_at(config.seed, state.step, _GROUPING))
+        one_sided = config.estimator.sided == "one"
+        self.oracle.write(self.theta)
+        members = sorted(row for group in groups for row in group)
+        losses = np.full(len(self._rows), np.nan)
+        losses[members] = self.oracle.losses(members)
+        if not np.isfinite(losses[members]).all():
+            raise EngineError(f"step {state.step}: the model's loss is not a number; lower --lr or check the model.")
+        probes, slopes, wanted = self._probe(groups, losses if one_sided else None, fraction)
+        if not probes:
+            return False
+        limited = clipped(slopes)
+        usable = limited[np.isfinite(slopes)]
+        running = StepState(state.mean_square).updated(usable)
+        assert running.mean_square is not None
+        lr = config.step.lr * state.eps * state.lr_scale * (1 - (1 - config.step.final_lr) * fraction)
+        # The step is lr x the number of probes: each probe moves theta as far as it would alone.
+        values = coefficients(limited, len(usable), lr * len(usable), running.mean_square)
+        update = combined([probe.bits for probe in probes], values, self.theta.size)
+        factor = self._tested(update)
+        values *= np.float32(factor)
+        update *= np.float32(factor)
+        self.theta = self.theta - update
+        self._update = update
+        entry = Entry(state.step, np.array([p.seed for p in probes], np.uint64), values)
+        after = replace(
+            state,
+            step=state.step + 1,
+            n_probes=state.n_probes + len(probes),
+            mean_square=running.mean_square,
+            lr_scale=_next_scale(state.lr_scale, factor, first=state.step == 0),
+        )
+        held_out = None
+        last = config.budget.steps is not None and after.step >= config.budget.steps
+        if self.held_out and (after.step % config.batch.evaluate_every == 0 or last or fraction >= 0.97):
+            self.oracle.write(self.theta)
+            held_out = self._held_out_loss()
+            after = _judged(after, held_out)
+        spent = self.clock.now() - started
+        after = replace(after, elapsed_s=self._elapsed(), decode_s=self._decode_before + self.clock.decode_s())
+        metrics = {
+            "step": state.step,
+            "elapsed_s": round(after.elapsed_s, 3),
+            "n_probes": len(probes),
+            "n_probes_gate": wanted,
+            "loss": float(losses[members].mean()),
+            "held_out_loss": held_out,
+            "projected_gradient_rms": float(np.sqrt(np.mean(np.square(usable)))) if len(usable) else 0.0,
+            "accepted": factor > 0,
+            "step_factor": factor,
+            "lr": lr,
+            "eps": state.eps,
+            "tokens_per_s": (self.clock.n_tokens() - tokens) / spent if spent > 0 else 0.0,
+            "decode_fraction": (self.clock.decode_s() - decoded) / spent if spent > 0 else 0.0,
+            "peak_memory_bytes": self.clock.peak_memory_bytes(),
+        }
+        self.directory.record(entry, self.theta, after, metrics, snapshot=after.step % 8 == 0)
+        self.on_progress(Progress(self.state, metrics, len(probes), wanted, self.fraction()))
+        return True
+
+    def _probe(
+        self, groups: Sequence[Sequence[int]], losses: NDArray[np.float64] | None, fraction: float
+    ) -> tuple[list[Probe], NDArray[np.float64], int]:
+        """Probes until the pacing is content; none when asked to stop, because half a step would not repeat."""
+        config, state = self.config, self.state
+        pacing, sampler = self._pacing(len(groups)), Sampler(config.seed, config.step.candidates)
+        probes: list[Probe] = []
+        slopes = np.zeros(0)
+        wanted = pacing.wanted(slopes)
+        while len(probes) < wanted:
+            n = min(len(groups), wanted - len(probes))
+            plan = [
+                (sampler.seed(state.step, len(probes) + i, self._update), (len(probes) + i) % len(groups)) for i in range(n)
+            ]
+            for probe in evaluate(self.oracle, self.theta, plan, groups, losses, state.eps):
+                probes.append(probe)
+                if self.stop():
+                    return [], slopes, wanted
+                self.on_progress(Progress(state, None, len(probes), wanted, fraction))
+            slopes = centred_slopes(probes, state.eps, config.estimator.sided)
+            wanted = pacing.wanted(slopes)
+        return probes, slopes, wanted
+
+    def _tested(self, update: NDArray[np.float32]) -> float:
+        """Load the next batch and try the step on the examples that are new in it: the factor to take it with.
+
+        A later step is kept unless the new examples say, by more than two standard errors, that it is worse; then it is halved if
+        that is better than nothing, else rejected. The first step may also be doubled.
+        """
+        new = self._load(self.state.step + 1)
+        if not self.config.step.accept or not new:
+            return 1.0
+        self.oracle.write(self.theta)
+        before = self.oracle.losses(new)
+
+        def change(factor: float) -> NDArray[np.float64]:
+            self.oracle.write(self.theta - np.float32(factor) * update)
+            return self.oracle.losses(new) - before
+
+        if self.state.step == 0:
+            means = {factor: float(change(factor).mean()) for factor in FIRST_STEP_FACTORS}
+            best = min(means, key=lambda factor: means[factor])
+            return best if means[best] < 0 else 0.0
+        worse = change(1.0)
+        error = float(worse.std()) / np.sqrt(len(new))
+        if np.isfinite(worse).all() and worse.mean() <= 2 * error:
+            return 1.0
+        return 0.5 if change(0.5).mean() < 0 else 0.0
+
+
+def _next_scale(scale: float, factor: float, *, first: bool) -> float:
+    """Learning-rate factor after a step: halved where the step was too long, and slowly back towards 1."""
+    if first:
+        return scale
+    return scale * 0.5 if factor < 1 else min(1.0, scale * 1.25)
+
+
+def _judged(state: State, held_out_loss: float) -> State:
+    if state.best_loss is None or held_out_loss < state.best_loss:
+        return replace(state, best_loss=held_out_loss, best_step=state.step, evaluations_since_best=0)
+    return replace(state, evaluations_since_best=state.evaluations_since_best + 1)

@@ -1,0 +1,355 @@
+"""Putting a run together: files, model, space, calibration and trainer; the same way for a new run and a resumed one.
+
+Whatever can be refused is refused before the model is loaded, and nothing is written before training can begin.
+"""
+
+from __future__ import annotations
+
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwdllama.batches import EncodedUnits, RollingBatches, groups_of, grouped, shuffled
+from fwdllama.calibration import Calibration, calibrate, checked, measure, NOISE_EPS
+from fwdllama.checkpoint import RunDirectory, State, read_facts
+from fwdllama.config import TrainConfig, layer_band, read_config
+from fwdllama.encode import Encoder, model_template
+from fwdllama.engine import BASE_KEY
+from fwdllama.errors import ResourceError, RunError
+from fwdllama.llama.activation import activation_a, module_inputs
+from fwdllama.llama.context import ContextOptions
+from fwdllama.llama.model import Model, ModelOptions
+from fwdllama.llama.oracle import LlamaOracle
+from fwdllama.machine import CELLS, check_memory, default_threads
+from fwdllama.models import default_cache_dir
+from fwdllama.space import Space, build_space
+from fwdllama.tasks import Kind
+from fwdllama.tasks.load import load_dataset, split_by_group
+from fwdllama.trainer import Clock, Progress, Trainer
+from fwdllama.types import Dataset, Encoded
+from gguf_tools.adapter import Adapter, adapter_bytes, read_adapter, write_adapter
+from gguf_tools.model import file_sha256, read_model_info
+
+N_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
+ACTIVATION_EXAMPLES = 8  # the shortest of a sample: about 80 answer tokens, decoded in about a second
+FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
+EPS_GUESS = 0.004  # where the search for eps begins, with activation-informed A
+HELD_OUT_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's examples come from: a file, and how it is read."""
+
+    path: Path
+    kind: Kind | None = None  # None: told from the content
+    labels: dict[str, str] | None = None
+    limit: int | None = None
+
+    def load(self) -> Dataset:
+        """Read it.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        return load_dataset(self.path, kind=self.kind or "auto", labels=self.labels, limit=self.limit)
+
+
+@dataclass
+class Hooks:
+    """What a caller wants to hear of and may do while a run goes on."""
+
+    on_event: Callable[[str], None] = lambda text: None  # one line about set-up
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind: its last state, what was skipped, and where the adapter was written (None: interrupted)."""
+
+    state: State
+    skipped: dict[str, int]
+    adapter: Path | None
+    calibration: Calibration | None
+
+
+def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path, out: Path, hooks: Hooks) -> Outcome:
+    """Start a run in `run_path` and write the best adapter to `out`.
+
+    Raises:
+        FwdllamaError: anything that a user can mend, in one sentence.
+        FileError: the model's file is unfit.
+    """
+    for path in (out, run_path):
+        check_writable(path.parent if path is out else path)
+    with _opened(config, model_path, source, hooks) as session:
+        theta = session.space.initial_theta()
+        session.load_first_batch()
+        calibration = session.calibrated(theta)
+        facts = {
+            "identity": session.identity(),
+            "files": {"model": str(model_path.resolve()), "data": str(source.path.resolve()), "out": str(out.resolve())},
+            "source": {"kind": source.kind, "labels": source.labels, "limit": source.limit},
+            "environment": environment(),
+            "calibration": calibration.__dict__,
+        }
+        initial = session.adapter(theta, {})
+        with RunDirectory.create(run_path, config.model_dump_json(indent=2), facts, adapter_bytes(initial)) as run:
+            run.save(replace(run.state, eps=calibration.eps))
+            return session.finish(run, theta, out, calibration)
+
+
+def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dict[str, Any] | None = None) -> Outcome:
+    """Continue a run to the result it would have had, or further with a larger `budget`.
+
+    Raises:
+        RunError: the directory is not a run, damaged, in use, or its model or data are not what they were.
+    """
+    facts, config = read_facts(run_path), read_config(run_path / "config.json")
+    if budget:
+        config = config.model_copy(update={"budget": config.budget.model_copy(update=budget)})
+    files, how = facts["files"], facts["source"]
+    source = Source(Path(files["data"]), how["kind"], how["labels"], how["limit"])
+    target = out or Path(files["out"])
+    check_writable(target.parent)
+    with RunDirectory.open(run_path) as run:
+        if budget and run.state.finished:
+            run.save(replace(run.state, finished=None))
+        held = read_adapter(run_path / "initial.gguf")
+        a = {name: pair[0] for name, pair in held.tensors.items()}
+        with _opened(config, Path(files["model"]), source, hooks, a=a) as session:
+            for key, value in session.identity().items():
+                if value != facts["identity"].get(key):
+                    raise RunError(f"{run_path} belongs to another {key}: it was {facts['identity'].get(key)}, and is {value} now.")
+            theta = run.theta(session.space.initial_theta())
+            return session.finish(run, theta, target, None)
+
+
+@dataclass
+class _Session:
+    """Everything that is open while a run goes on."""
+
+    config: TrainConfig
+    model: Model
+    model_path: Path
+    oracle: LlamaOracle
+    space: Space
+    batches: RollingBatches
+    units: EncodedUnits
+    held_out: list[Encoded | None]
+    invocation: tuple[int, ...]
+    hooks: Hooks
+    data_sha256: str
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run; resuming checks it, the ledger's genesis hashes it."""
+        settings = self.config.model_dump(mode="json")
+        settings.pop("budget")
+        settings.pop("engine")
+        return {
+            "base model": file_sha256(self.model_path, default_cache_dir()),
+            "data": self.data_sha256,
+            "configuration": settings,
+            "context": self.units.n_ctx,
+            "n_params": self.space.n_params,
+        }
+
+    def load_first_batch(self) -> None:
+        rows, _ = self.batches.batch(0)
+        self.oracle.load([*self.held_out, *rows])
+
+    def calibrated(self, theta: np.ndarray[Any, np.dtype[np.float32]]) -> Calibration:
+        rows, _ = self.batches.batch(0)
+        own = [None] * len(self.held_out) + rows
+        groups = grouped(own, self.config.estimator.examples_per_probe, self.config.seed)
+        eps = self.config.estimator.eps
+        if eps is None:
+            found = calibrate(self.oracle, theta, groups, seed=self.config.seed, first_guess=EPS_GUESS)
+        else:
+            _, noise = measure(self.oracle, theta, groups, NOISE_EPS * eps, self.config.seed, 16)
+            lift, spread = measure(self.oracle, theta, groups, eps, self.config.seed, 16)
+            found = checked(Calibration(eps, noise, spread / eps, abs(lift) / eps**2, spread / max(noise, 1e-12)))
+        self.hooks.on_event(
+            f"eps {found.eps:.2g}: a probe changes the loss by {found.slope_rms * found.eps:.2g} nats, rounding by {found.noise:.1g}"
+        )
+        return found
+
+    def adapter(self, theta: np.ndarray[Any, np.dtype[np.float32]], metadata: dict[str, str]) -> Adapter:
+        scope = self.config.space.scope
+        return Adapter(
+            architecture=self.model.info.architecture,
+            alpha=self.space.alpha,
+            tensors=self.space.tensors(theta),
+            scope=scope,
+            invocation_tokens=self.invocation if scope == "answer" else (),
+            metadata={
+                BASE_KEY: file_sha256(self.model_path, default_cache_dir()),
+                "fwdllama.base.name": self.model.info.name,
+                "fwdllama.template": self.config.template,
+                **metadata,
+            },
+        )
+
+    def finish(
+        self, run: RunDirectory, theta: np.ndarray[Any, np.dtype[np.float32]], out: Path, calibration: Calibration | None
+    ) -> Outcome:
+        """Train, then write the adapter of the best held-out loss."""
+        context = self.oracle.context
+        clock = Clock(
+            decode_s=lambda: self.oracle.decode_s,
+            n_tokens=lambda: context.n_decoded,
+            peak_memory_bytes=peak_memory_bytes,
+        )
+        trainer = Trainer(
+            self.config, self.oracle, self.batches, self.held_out, run, theta, clock, self.hooks.on_progress, self.hooks.stop
+        )
+        state = trainer.run()
+        skipped = dict(self.units.skipped)
+        if state.finished is None:
+            return Outcome(state, skipped, None, calibration)
+        best = state.best_step if self.held_out else state.step
+        theta = run.theta(self.space.initial_theta(), best)
+        final = self.adapter(theta, {"fwdllama.run.ledger": run.ledger.last.hex(), "fwdllama.run.step": str(best)})
+        write_adapter(out, final)
+        return Outcome(state, skipped, out, calibration)
+
+
+@contextmanager
+def _opened(
+    config: TrainConfig, model_path: Path, source: Source, hooks: Hooks, a: dict[str, Any] | None = None
+) -> Iterator[_Session]:
+    info = read_model_info(model_path)
+    wanted = config.space
+    band = wanted.layers or layer_band(info.n_layers)
+    shapes = {name: (shape[0], shape[1]) for name, (shape, _) in info.tensors.items() if len(shape) == 2}
+    space = build_space(
+        shapes,
+        info.n_layers,
+        modules=wanted.modules,
+        layers=band,
+        rank=wanted.rank,
+        alpha=wanted.alpha,
+        train=wanted.train,
+        seed=config.seed,
+    )
+    dataset = source.load()
+    train_set, watched = split_by_group(dataset, _held_out_share(config, dataset), config.seed)
+    engine = config.engine
+    with ExitStack() as resources:
+        options = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
+        check_memory(info, _context_options(config, CELLS, 1), doubled=engine.mmap and engine.repack)
+        model = resources.enter_context(Model(model_path, options))
+        encoder = Encoder(model, model_template(model, config.template, dataset.kind))
+        size = config.batch.per_unit
+        groups, watched_groups = groups_of(train_set.examples, size), groups_of(watched.examples, size)
+        unit_size = max(len(group) for group in (*groups, *watched_groups))
+        sample = [encoder.example(groups[i][0]) for i in shuffled(config.seed, 0, len(groups))[:64]]
+        n_ctx = config.batch.n_ctx or _fitting([e.n_tokens for e in sample], info.context_length)
+        units = EncodedUnits(groups, encoder.example, n_ctx, str(source.path))
+        n_rows = config.batch.units * size
+        batches = RollingBatches(
+            units, unit_size=unit_size, n_slots=max(1, n_rows // unit_size), fresh=max(1, config.batch.fresh * size // unit_size), seed=config.seed
+        )
+        held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path)), unit_size, config)
+        n_seq = len(held_out) + batches.n_slots * unit_size
+        context_options = _context_options(config, n_ctx, n_seq)
+        check_memory(info, context_options, loaded=True)
+        if a is None and wanted.init == "activation":
+            hooks.on_event("choosing A from the inputs of the adapted modules")
+            short = sorted(sample, key=lambda e: e.n_tokens)[:ACTIVATION_EXAMPLES]
+            one = replace(context_options, n_ctx_seq=max(e.n_tokens for e in short) + 32)
+            inputs = module_inputs(model, one, short, [m.name for m in space.matrices], wanted.scope)
+            a = activation_a(inputs, space.rank)
+        space = replace(space, a=a)
+        oracle = resources.enter_context(LlamaOracle(model, space, wanted.scope, context_options, unit_size=unit_size))
+        hooks.on_event(
+            f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {band[0]}-{band[1]}, "
+            f"rewritten by {oracle.adapter.writing}"
+        )
+        yield _Session(
+            config, model, model_path, oracle, space, batches, units, held_out, encoder.invocation, hooks, file_sha256(source.path)
+        )
+
+
+def _context_options(config: TrainConfig, n_ctx: int, n_seq: int) -> ContextOptions:
+    engine = config.engine
+    return ContextOptions(
+        n_ctx_seq=n_ctx,
+        n_seq=n_seq,
+        n_outputs=max(N_OUTPUTS, n_seq),
+        n_batch=max(engine.n_batch, n_seq),
+        n_threads=engine.n_threads or default_threads(),
+        kv_type=engine.kv_type,
+        flash=engine.flash,
+    )
+
+
+def _fitting(lengths: list[int], most: int) -> int:
+    """The smallest multiple of llama.cpp's cell granularity that FIT of the examples fit."""
+    wanted = sorted(lengths)[int(FIT * (len(lengths) - 1))]
+    return min(most, -(-wanted // CELLS) * CELLS)
+
+
+def _held_out_share(config: TrainConfig, dataset: Dataset) -> float:
+    """Enough for the watched examples, and never more than a tenth of the data."""
+    return min(HELD_OUT_FRACTION, 4 * config.batch.held_out / max(1, len(dataset.examples)))
+
+
+def _held_out_rows(units: EncodedUnits, unit_size: int, config: TrainConfig) -> list[Encoded | None]:
+    """Rows of watched examples, whole units, from as many paragraphs as possible."""
+    rows: list[Encoded | None] = []
+    n = 0
+    for index in shuffled(config.seed, 1, len(units)):
+        unit = units[int(index)]
+        if unit and n < config.batch.held_out:
+            rows += [*unit, *[None] * (unit_size - len(unit))]
+            n += len(unit)
+    return rows
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before training whether its result can be written.
+
+    Raises:
+        ResourceError: the folder or its nearest existing parent is not writable, or its disk is full.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ResourceError(f"{folder} cannot be written: {existing} is not a writable folder.")
+    room = os.statvfs(existing)
+    if room.f_bavail * room.f_frsize < 32 << 20:
+        raise ResourceError(f"{folder} has {room.f_bavail * room.f_frsize >> 20} MB of disk left, but a run needs at least 32 MB.")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on, for reports."""
+    return {
+        "fwdllama": version("fwdllama"),
+        "llama-cpp-python": version("llama-cpp-python"),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": default_threads(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }

@@ -1,0 +1,230 @@
+"""Requantised and cut models are what was asked for, appear whole or not at all, and llama.cpp keeps quiet."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from gguf_tools.errors import FileError
+from gguf_tools.model import read_model_info
+from gguf_tools.quantize import extract_layers, quantize_model
+from gguf_tools.synth import write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("source") / "f32.gguf", n_layers=5)
+
+
+def tensor_bytes(path: Path) -> dict[str, bytes]:
+    return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "file_type", "tolerance"),
+    [("Q8_0", "Q8_0", 7, 0.03), ("q4_0", "Q4_0", 2, 0.3), ("F16", "F16", 1, 0.003), ("Q5_1", "Q5_1", 9, 0.15)],
+)
+def test_a_quantised_model_has_the_type_and_says_nearly_the_same(
+    kind: str,
+    stored: str,
+    file_type: int,
+    tolerance: float,
+    source: Path,
+    tmp_path: Path,
+    open_llama: Callable[..., Any],
+) -> None:
+    info = quantize_model(source, tmp_path / "q.gguf", kind, n_threads=1)
+    assert (info.path, info.file_type) == (tmp_path / "q.gguf", file_type)
+    assert info.tensors["blk.4.ffn_down.weight"] == ((64, 128), stored)
+    assert info.tensors["blk.4.ffn_norm.weight"] == ((64,), "F32")
+    assert info.size_bytes < source.stat().st_size
+    before, after = (open_llama(path).logits(range(5, 40)) for path in (source, info.path))
+    assert 0 < np.sqrt(np.mean((after - before) ** 2)) < tolerance  # logits deviate by 0.5 among themselves
+
+
+def test_an_already_quantised_model_is_requantised_unless_forbidden(source: Path, tmp_path: Path) -> None:
+    quantize_model(source, tmp_path / "q8.gguf", "Q8_0", n_threads=1)
+    assert quantize_model(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "Q4_0", n_threads=1).quantisation == "Q4_0"
+    with pytest.raises(
+        FileError, match=r"q8.gguf: cannot be quantised to Q4_1: requantizing from type q8_0 is disabled"
+    ):
+        quantize_model(tmp_path / "q8.gguf", tmp_path / "no.gguf", "Q4_1", allow_requantize=False, n_threads=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"q8.gguf", "q4.gguf"}
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (0, 2), (2, 5), (1, 4), (4, 5)])
+def test_extracted_layers_are_the_same_bytes_numbered_from_zero(
+    first: int, last: int, source: Path, tmp_path: Path, open_llama: Callable[..., Any]
+) -> None:
+    info = extract_layers(source, tmp_path / "part.gguf", first, last)
+    assert info.n_layers == last - first
+    expected = {}
+    for name, data in tensor_bytes(source).items():
+        _, _, rest = name.partition(".")
+        layer, _, module = rest.partition(".")
+        if not name.startswith("blk."):
+            expected[name] = data
+        elif first <= int(layer) < last:
+            expected[f"blk.{int(layer) - first}.{module}"] = data
+    assert tensor_bytes(info.path) == expected
+    assert open_llama(info.path).logits([5, 6, 7]).shape == (3, 320)
+
+
+def test_extracting_keeps_quantised_tensors_as_they_are(tmp_path: Path) -> None:
+    quantised = write_tiny_llama(tmp_path / "q.gguf", type="Q4_0", n_layers=12, tied=False)
+    info = extract_layers(quantised, tmp_path / "part.gguf", 9, 12)
+    assert (info.n_layers, info.quantisation, info.file_type) == (3, "Q4_0", 2)
+    whole, part = tensor_bytes(quantised), tensor_bytes(info.path)
+    assert part["blk.2.attn_v.weight"] == whole["blk.11.attn_v.weight"]
+    assert part["output.weight"] == whole["output.weight"]
+
+
+@pytest.mark.parametrize(("first", "last"), [(3, 3), (4, 2), (-1, 2), (0, 6)])
+def test_layers_that_are_not_there_are_refused(first: int, last: int, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=rf"has layers 0 to 4, but {first} to {last - 1} were asked for"):
+        extract_layers(source, tmp_path / "part.gguf", first, last)
+
+
+def patched(path: Path, old: bytes, new: bytes, target: Path) -> Path:
+    """The file with `old` replaced everywhere by `new` of the same length."""
+    assert len(old) == len(new)
+    assert old in path.read_bytes()
+    target.write_bytes(path.read_bytes().replace(old, new))
+    return target
+
+
+def test_layers_of_an_unknown_architecture_are_not_moved(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "other.gguf", architecture="cohere2")
+    with pytest.raises(FileError, match=r"layers of the architecture 'cohere2' may depend on their position"):
+        extract_layers(path, tmp_path / "part.gguf", 1, 3)
+
+
+def test_layers_that_repeat_in_a_pattern_are_cut_only_where_it_begins(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "gemma.gguf", architecture="gemma3", n_layers=7)
+    with pytest.raises(FileError, match=r"layers of gemma3 repeat every 6, so a part cannot begin at 3"):
+        extract_layers(path, tmp_path / "part.gguf", 3, 7)
+
+
+def test_a_model_of_special_depth_is_not_cut(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "gemma.gguf", architecture="gemma2", n_layers=46, n_embd=8, n_ff=8)
+    with pytest.raises(FileError, match=r"a gemma2 model of 46 layers computes differently in part"):
+        extract_layers(path, tmp_path / "part.gguf", 2, 46)
+
+
+def test_a_value_for_each_layer_prevents_a_cut(source: Path, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "arrays.gguf", "llama")
+    reader = gguf.GGUFReader(source)
+    for key, reader_field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "llama.attention.head_count_kv"):
+            kinds = reader_field.types
+            writer.add_key_value(key, reader_field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    writer.add_head_count_kv([2] * 5)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FileError, match=r"llama.attention.head_count_kv has a value for each layer"):
+        extract_layers(tmp_path / "arrays.gguf", tmp_path / "part.gguf", 1, 5)
+
+
+def test_what_llama_cpp_refuses_is_reported_in_its_words_and_the_old_target_stays(tmp_path: Path, source: Path) -> None:
+    unknown = patched(source, b"llama", b"lloma", tmp_path / "unknown.gguf")
+    target = tmp_path / "target.gguf"
+    target.write_bytes(b"precious")
+    with pytest.raises(
+        FileError, match=r"unknown.gguf: cannot be quantised to Q8_0: unknown model architecture: 'lloma'"
+    ):
+        quantize_model(unknown, target, "Q8_0", n_threads=1)
+    assert target.read_bytes() == b"precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"unknown.gguf", "target.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "sentence"),
+    [
+        ("Q9_9", "q.gguf", "quantisation type 'Q9_9' is unknown; these can be made: F32, F16"),
+        ("IQ2_XXS", "q.gguf", "quantisation type 'IQ2_XXS' is unknown"),
+        ("Q8_0", ".", "is a directory, but a file to write was expected"),
+        ("Q8_0", "gone/q.gguf", "q.gguf: cannot be written: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(kind: str, where: str, sentence: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=sentence):
+        quantize_model(source, tmp_path / where, kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_is_no_model_never_reaches_llama_cpp(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(FileError, match=r"bad.gguf: is GGUF version 0"):
+        quantize_model(tmp_path / "bad.gguf", tmp_path / "q.gguf", "Q8_0")
+    with pytest.raises(FileError, match=r"bad.gguf: is GGUF version 0"):
+        extract_layers(tmp_path / "bad.gguf", tmp_path / "q.gguf", 0, 1)
+
+
+def test_a_model_is_not_quantised_onto_itself(source: Path) -> None:
+    before = source.read_bytes()
+    with pytest.raises(FileError, match=r"f32.gguf: is the source as well; the result needs another path"):
+        quantize_model(source, source, "Q8_0")
+    assert source.read_bytes() == before
+
+
+QUIETLY = """
+import sys
+import llama_cpp
+from gguf_tools.errors import FileError
+from gguf_tools.quantize import extract_layers, quantize_model
+quantize_model(sys.argv[1], sys.argv[2], "Q8_0", n_threads=1)
+extract_layers(sys.argv[1], sys.argv[2], 1, 3)
+"""
+
+DISK_FULL = """
+import resource, sys
+from gguf_tools.errors import FileError
+from gguf_tools.quantize import quantize_model
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    quantize_model(sys.argv[1], sys.argv[2], "Q8_0", n_threads=1)
+except FileError as error:
+    print(error)
+"""
+
+
+def run(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+
+
+def test_llama_cpp_prints_nothing(source: Path, tmp_path: Path) -> None:
+    result = run(QUIETLY, source, tmp_path / "q.gguf")
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_the_log_goes_where_it_went_before(source: Path, tmp_path: Path) -> None:
+    code = QUIETLY + "llama_cpp.llama_model_load_from_file(b'/gone', llama_cpp.llama_model_default_params())"
+    assert "/gone" in run(code, source, tmp_path / "q.gguf").stderr
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    result = run(DISK_FULL, source, tmp_path / "q.gguf")
+    assert "cannot be quantised to Q8_0: the result could not be written; is the disk full?" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.model
+def test_the_top_of_a_real_model_is_extracted_unchanged(model_path: Path, tmp_path: Path) -> None:
+    n_layers = read_model_info(model_path).n_layers
+    info = extract_layers(model_path, tmp_path / "top.gguf", n_layers - 6, n_layers)
+    whole, part = tensor_bytes(model_path), tensor_bytes(info.path)
+    assert part["blk.0.attn_q.weight"] == whole[f"blk.{n_layers - 6}.attn_q.weight"]
+    assert part["blk.5.ffn_down.weight"] == whole[f"blk.{n_layers - 1}.ffn_down.weight"]

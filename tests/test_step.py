@@ -1,0 +1,118 @@
+"""Steps are clipped, free of the loss's scale, and linear in the directions bit for bit."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fwdllama import step as module
+from fwdllama.direction import packed_bits
+from fwdllama.step import StepState, clipped, coefficients, combined, replayed
+from tests.reference import limited, stepped
+
+SLOPES = st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=30)
+ENTRIES = st.lists(st.tuples(st.integers(0, (1 << 64) - 1), st.floats(-10, 10, width=32)), max_size=6)
+
+
+@given(SLOPES)
+def test_slopes_are_limited_to_the_median_and_three_deviations(slopes: list[float]) -> None:
+    result = clipped(np.array(slopes, np.float64))
+    assert np.allclose(result, limited(slopes), rtol=1e-12, atol=1e-9)
+
+
+def test_an_outlier_is_pulled_in_and_the_others_stay_as_they_are() -> None:
+    slopes = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, -900.0])
+    result = clipped(slopes)
+    assert result[:6].tolist() == slopes[:6].tolist()
+    assert result[6] == pytest.approx(2.0 - 3 * 1.4826 * 2.0)
+
+
+def test_a_slope_that_is_nan_drops_out_of_the_step() -> None:
+    slopes = clipped(np.array([1.0, math.nan, 2.0, 3.0]))
+    assert slopes.tolist() == [1.0, 0.0, 2.0, 3.0]
+    assert coefficients(slopes, 3, 0.1, 1.0)[1] == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_a_slope_that_is_infinite_drops_out_of_the_step(bad: float) -> None:
+    assert clipped(np.array([1.0, bad, 2.0, 3.0])).tolist() == [1.0, 0.0, 2.0, 3.0]
+
+
+def test_slopes_that_are_all_nan_give_a_step_of_nothing() -> None:
+    slopes = clipped(np.full(3, math.nan))
+    assert slopes.tolist() == [0.0, 0.0, 0.0]
+    assert coefficients(slopes, 0, 0.1, 1.0).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_coefficients_are_lr_times_slope_over_n_and_rms() -> None:
+    result = coefficients(np.array([4.0, -2.0, 0.0]), n_usable=2, lr=0.5, mean_square=16.0)
+    assert result.dtype == np.float32
+    assert result.tolist() == [0.25, -0.125, 0.0]
+
+
+@given(st.lists(st.integers(-99, 99), min_size=1, max_size=9), st.sampled_from([2.0**-20, 2.0**13]))
+def test_a_loss_on_another_scale_takes_the_same_step(slopes: list[int], scale: float) -> None:
+    plain = np.array(slopes, np.float64)
+    scaled = plain * scale
+    assert np.array_equal(
+        coefficients(plain, len(slopes), 0.1, StepState().updated(plain).mean_square or 0.0),
+        coefficients(scaled, len(slopes), 0.1, StepState().updated(scaled).mean_square or 0.0),
+    )
+
+
+def test_slopes_that_are_all_zero_give_a_step_of_nothing() -> None:
+    assert coefficients(np.zeros(3), 3, 0.1, 0.0).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_first_step_is_normalised_by_its_own_slopes_and_later_ones_by_a_running_mean() -> None:
+    first = StepState().updated(np.array([1.0, 3.0]))
+    assert first.mean_square == 5.0
+    assert first.updated(np.array([2.0]), decay=0.75).mean_square == 0.75 * 5.0 + 0.25 * 4.0
+    assert first.updated(np.array([0.0])).mean_square == pytest.approx(4.5)
+
+
+@pytest.mark.parametrize("state", [StepState(), StepState(5.0)])
+def test_a_step_without_a_usable_slope_leaves_the_running_mean_as_it_was(state: StepState) -> None:
+    assert state.updated(np.array([])) == state
+
+
+@given(ENTRIES, st.integers(1, 150))
+def test_combined_is_the_sum_of_scaled_directions_in_the_order_given_bit_for_bit(
+    entries: list[tuple[int, float]], n_params: int
+) -> None:
+    seeds, values = [seed for seed, _ in entries], [value for _, value in entries]
+    total = combined([packed_bits(seed, n_params) for seed in seeds], values, n_params)
+    expected = [-x for x in stepped([0.0] * n_params, seeds, values)]
+    assert total.dtype == np.float32
+    assert np.array_equal(total, np.array(expected, np.float32))
+
+
+def test_combined_refuses_directions_and_coefficients_of_different_numbers() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        combined([packed_bits(1, 8), packed_bits(2, 8)], [1.0], 8)
+
+
+@given(ENTRIES, st.integers(1, 150))
+def test_a_step_known_by_its_seeds_and_coefficients_is_redone_bit_for_bit(
+    entries: list[tuple[int, float]], n_params: int
+) -> None:
+    theta = np.linspace(-3, 3, n_params, dtype=np.float32)
+    before = theta.copy()
+    seeds, values = [seed for seed, _ in entries], np.array([value for _, value in entries], np.float32)
+    result = replayed(theta, seeds, values)
+    assert result.tobytes() == np.array(stepped(theta.tolist(), seeds, values.tolist()), np.float32).tobytes()
+    assert theta.tobytes() == before.tobytes()
+
+
+def test_a_positive_coefficient_moves_against_its_direction() -> None:
+    z = np.array([-1.0 if byte else 1.0 for byte in np.unpackbits(packed_bits(3, 8), bitorder="little")])
+    assert np.array_equal(replayed(np.zeros(8, np.float32), [3], np.array([0.5], np.float32)), -0.5 * z)
+
+
+def test_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(module).failed == 0
