@@ -143,9 +143,10 @@ def open_model(settings: EngineSettings, adapter: Path | None) -> Iterator[Answe
         ResourceError: there is too little memory.
     """
     from fwdllama import answering
+    from fwdllama.models import resolve
 
     with answering.open_engine(
-        settings.model,
+        resolve(settings.model),
         adapter_path=adapter,
         scope=settings.scope if adapter is not None else None,
         batch=settings.batch,

@@ -13,24 +13,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from fwdllama.errors import ResourceError, UsageError
-from fwdllama.report import AdapterFacts
-from fwdllama.score import squad_version
-from fwdllama.tasks.load import load_dataset
 from fwdllama.types import Dataset
-from gguf_tools.adapter import Adapter, read_adapter, replacing
 
 from .answer import Answerer, EngineSettings, Measured, OpenAnswerer, TemplateName, measure, open_model
-from .files import read_json, read_na_probs, read_predictions
-from .report import write_report
-from .results import Results, score_table, summary, table
-from .squad import read_questions, score_v1, score_v2
+
+if TYPE_CHECKING:
+    from fwdllama.report import AdapterFacts
+    from gguf_tools.adapter import Adapter
 
 TEMPLATE_KEY = "fwdllama.template"  # an adapter's file may name the template that it was trained with
 
@@ -71,7 +64,9 @@ def register(app: typer.Typer, *, open_answerer: OpenAnswerer = open_model) -> N
 
     @app.command("eval")
     def evaluate(
-        model: Annotated[Path, typer.Option(help="Base model, a GGUF file.")],
+        model: Annotated[
+            Path, typer.Option(help="Base model: a name such as smollm2-135m, or the path of a GGUF file.")
+        ],
         data: Annotated[
             Path,
             typer.Option(
@@ -107,6 +102,14 @@ def register(app: typer.Typer, *, open_answerer: OpenAnswerer = open_model) -> N
         ] = None,
     ) -> None:
         """Score a model's answers, with an adapter and without it."""
+        from rich.console import Console
+
+        from fwdllama.tasks.load import load_dataset
+        from gguf_tools.adapter import read_adapter, replacing
+
+        from .report import write_report
+        from .results import Results, summary, table
+
         if scope is not None and adapter is None:
             raise UsageError(f"--scope {scope.value} says where an adapter is on, but no --adapter was given.")
         for path in (html, predictions):
@@ -165,6 +168,14 @@ def register(app: typer.Typer, *, open_answerer: OpenAnswerer = open_model) -> N
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     ) -> None:
         """Score answers that exist already by the official rules of SQuAD; no model is needed."""
+        from rich.console import Console
+
+        from fwdllama.score import squad_version
+
+        from .files import read_json, read_na_probs, read_predictions
+        from .results import score_table
+        from .squad import read_questions, score_v1, score_v2
+
         questions = read_questions(read_json(data))
         answers = read_predictions(predictions)
         rules = version.value if version is not VersionOption.auto else squad_version(q.answers for q in questions)
@@ -211,6 +222,16 @@ def _measured(answerer: Answerer, dataset: Dataset, label: str, max_new_tokens: 
 @contextmanager
 def _progress(label: str, total: int) -> Iterator[Any]:
     """A bar on stderr, or one line where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -235,6 +256,8 @@ def _template(asked: TemplateOption | None, adapter: Adapter | None) -> Template
 
 
 def _facts(path: Path, adapter: Adapter) -> AdapterFacts:
+    from fwdllama.report import AdapterFacts
+
     raw = path.read_bytes()
     return AdapterFacts(str(path), len(raw), f"sha256:{hashlib.sha256(raw).hexdigest()}", adapter.scope)
 

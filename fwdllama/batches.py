@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -105,22 +106,29 @@ class RollingBatches:
         self._next += 1
         unit = self.units[int(shuffled(self.seed, epoch, len(self.units))[place])]
         if unit:
-            self._drawn.append(unit[: self.unit_size])
+            # Sorted, so that neighbouring rows, which are of different units, have targets of similar length.
+            ordered = sorted(unit[: self.unit_size], key=lambda example: len(example.target))
+            self._drawn.append(tuple(replace(example, unit=len(self._drawn)) for example in ordered))
         return bool(unit)
 
     def batch(self, step: int) -> tuple[Rows, list[int]]:
-        """The rows of `step`, n_slots x unit_size of them, None where a unit is short, and which rows are new in this step."""
+        """The rows of `step`, n_slots x unit_size of them, None where a unit is short, and which rows are new in this step.
+
+        The examples of one unit stand n_slots rows apart: a probe takes neighbouring rows, and examples of different units
+        carry more than two questions about one paragraph.
+        """
         n_drawn = self.n_slots + step * self.fresh
         while len(self._drawn) < n_drawn:
             self._draw()
         rows: Rows = [None] * (self.n_slots * self.unit_size)
         new: list[int] = []
         for drawn in range(n_drawn - self.n_slots, n_drawn):
-            start = drawn % self.n_slots * self.unit_size
             unit = self._drawn[drawn]
-            rows[start : start + len(unit)] = unit
-            if step == 0 or drawn >= n_drawn - self.fresh:
-                new += range(start, start + len(unit))
+            places = range(drawn % self.n_slots, len(rows), self.n_slots)
+            for place, example in zip(places, unit, strict=False):
+                rows[place] = example
+                if step == 0 or drawn >= n_drawn - self.fresh:
+                    new.append(place)
         return rows, sorted(new)
 
 
@@ -130,15 +138,17 @@ def shuffled(seed: int, epoch: int, n: int) -> NDArray[np.intp]:
     return np.argsort(words, kind="stable")
 
 
-def grouped(rows: Sequence[Encoded | None], size: int, seed: int) -> list[tuple[int, ...]]:
-    """The rows that hold examples, in groups of `size` with targets of similar length, so that little padding is decoded.
+def grouped(rows: Sequence[Encoded | None], size: int, shift: int) -> list[tuple[int, ...]]:
+    """The rows that hold examples in groups of `size` neighbours, because the engine decodes neighbours at once.
 
-    Ties are broken by the seed, so that the same examples meet others in the next step. A remainder joins the last group.
+    `shift` moves the borders, so that an example meets others in the next step; what remains at the ends forms smaller groups.
     """
-    chance = np.random.Philox(key=seed).random_raw(len(rows))
-    lengths = {row: len(example.target) for row, example in enumerate(rows) if example is not None}
-    order = sorted(lengths, key=lambda row: (lengths[row], chance[row]))
-    n_groups = max(1, len(order) // size)
-    groups = [order[i * size : (i + 1) * size] for i in range(n_groups)]
-    groups[-1] += order[n_groups * size :]
+    groups: list[list[int]] = []
+    for row, example in enumerate(rows):
+        if example is None:
+            continue
+        border = (row + shift) % size == 0
+        if not groups or border or groups[-1][-1] != row - 1:
+            groups.append([])
+        groups[-1].append(row)
     return [tuple(group) for group in groups]

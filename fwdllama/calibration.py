@@ -4,8 +4,9 @@ A quantised model rounds its activations, so a loss jitters however small a chan
 
     L(theta + eps z) - L(theta) = eps g + eps^2/2 z^T H z + noise
 
-the spread over directions of the first term grows with eps, the mean of the second with eps^2, the noise not at all. eps is
-put where the curvature lifts the mean by `LIFT` of the spread. There the noise must be smaller than the spread.
+the first term's spread over directions grows with eps, the noise does not. eps is put where the spread is `SNR` times the noise:
+then the noise adds less than a hundredth to a slope's variance, and training is insensitive to eps by a factor of three either way (LOG.md).
+A slope is measured from both sides, so that curvature does not count as slope.
 """
 
 from __future__ import annotations
@@ -21,34 +22,49 @@ from fwdllama.errors import NoiseError
 from fwdllama.oracle import LossOracle
 from fwdllama.sampler import seed_at
 
-LIFT = 0.15
+SNR = 12.0
 NOISE_EPS = 1e-4  # a thousandth of a useful eps: what such a step changes is rounding
 _SEEDS = 1 << 61  # keeps calibration's directions apart from training's
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, in nats; `eps` is what follows from it, `snr` the spread at eps over the noise."""
+    """What was measured, in nats; `eps` is what follows from it, `snr` the spread at eps over the noise.
+
+    `curvature` estimates tr(H) from above: the even part's root mean square stands in for its mean, which few probes cannot tell.
+    """
 
     eps: float
     noise: float
     slope_rms: float
     curvature: float
     snr: float
+    probes_per_s: float | None = None  # where it was measured too
 
 
 def measure(
     oracle: LossOracle, theta: NDArray[np.float32], groups: Sequence[Sequence[int]], eps: float, seed: int, n_probes: int
-) -> tuple[float, float]:
-    """(mean, spread) over directions of L(theta + eps z) - L(theta), one group of the batch each, in nats."""
-    oracle.write(theta)
-    base = [float(oracle.losses(group).mean()) for group in groups]
-    changes = []
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(odd, even) parts, each (n_probes,), of the loss's change along random directions, one group of the batch each, in nats.
+
+    odd = (L(theta + eps z) - L(theta - eps z)) / 2 is slope, even = (L(theta + eps z) + L(theta - eps z)) / 2 - L(theta) curvature.
+    """
+    odd, even = [], []
     for i in range(n_probes):
-        oracle.write(theta + np.float32(eps) * direction(seed_at(seed, _SEEDS, i), theta.size))
-        k = i % len(groups)
-        changes.append(float(oracle.losses(groups[k]).mean()) - base[k])
-    return float(np.mean(changes)), float(np.std(changes))
+        group = groups[i % len(groups)]
+        offset = np.float32(eps) * direction(seed_at(seed, _SEEDS, i), theta.size)
+        values = []
+        for point in (theta, theta + offset, theta - offset):
+            oracle.write(point)
+            values.append(float(oracle.losses(group).mean()))
+        odd.append((values[1] - values[2]) / 2)
+        even.append((values[1] + values[2]) / 2 - values[0])
+    return np.array(odd), np.array(even)
+
+
+def rms(values: NDArray[np.float64]) -> float:
+    """Root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(values))))
 
 
 def calibrate(
@@ -58,27 +74,33 @@ def calibrate(
     *,
     seed: int,
     first_guess: float,
-    n_probes: int = 16,
+    eps: float | None = None,
+    n_probes: int = 12,
 ) -> Calibration:
-    """Measure noise, slope and curvature, and choose eps.
+    """Measure noise, slope and curvature, and choose eps, or judge the one that is given.
 
     Raises:
-        NoiseError: at every eps that keeps the curvature small, the slope is below the noise.
+        NoiseError: the slope is below the noise.
     """
-    _, noise = measure(oracle, theta, groups, NOISE_EPS * first_guess, seed, n_probes)
-    eps = first_guess
-    for _ in range(6):
-        lift, spread = measure(oracle, theta, groups, eps, seed, n_probes)
-        if not np.isfinite(lift) or not np.isfinite(spread):
-            eps /= 8
+    guess = first_guess if eps is None else eps
+    noise = rms(measure(oracle, theta, groups, NOISE_EPS * first_guess, seed, n_probes)[0])
+    for _ in range(4):
+        odd, even = measure(oracle, theta, groups, guess, seed, n_probes)
+        if not np.isfinite(odd).all() or not np.isfinite(even).all():
+            guess /= 8
             continue
-        # Both terms in one unit of eps: spread = eps * slope, lift = eps^2 * curvature.
-        slope, curvature = np.sqrt(max(spread**2 - noise**2, 1e-18)) / eps, abs(lift) / eps**2
-        ratio = curvature * eps / slope if slope > 0 else np.inf
-        if 0.5 * LIFT <= ratio <= 2 * LIFT:
+        slope = np.sqrt(max(rms(odd) ** 2 - noise**2, 0.0)) / guess
+        wanted = SNR * noise / slope if slope > 0 else 8 * guess
+        if eps is not None or guess / 2 <= wanted <= guess * 2:
             break
-        eps *= float(np.clip(LIFT / max(ratio, 1e-9), 1 / 8, 8))
-    return checked(Calibration(eps, noise, slope, curvature, slope * eps / max(noise, 1e-12)))
+        guess = float(np.clip(wanted, guess / 8, guess * 8))
+    else:
+        raise NoiseError(
+            f"no eps was found at which a probe's slope stands above the model's rounding of {noise:.2g} nats; "
+            "use a larger alpha or a less coarsely quantised base."
+        )
+    chosen = guess if eps is not None else max(wanted, 1e-7)
+    return checked(Calibration(float(chosen), noise, float(slope), max(2 * rms(even) / guess**2, 1e-12), float(slope * chosen / max(noise, 1e-12))))
 
 
 def checked(calibration: Calibration) -> Calibration:
@@ -90,7 +112,7 @@ def checked(calibration: Calibration) -> Calibration:
     if calibration.snr < 1.0:
         raise NoiseError(
             f"eps {calibration.eps:.3g} is below the noise floor: a probe changes the loss by {calibration.slope_rms * calibration.eps:.2g} "
-            f"nats, the model's rounding by {calibration.noise:.2g}. Use an eps above {calibration.noise / max(calibration.slope_rms, 1e-12):.2g}, "
-            "a larger alpha, or a less coarsely quantised base."
+            f"nats, the model's rounding by {calibration.noise:.2g}. Leave --eps out to have it chosen, or use a larger --alpha "
+            "or a less coarsely quantised base."
         )
     return calibration

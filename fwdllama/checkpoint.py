@@ -62,7 +62,7 @@ class State:
     elapsed_s: float = 0.0
     decode_s: float = 0.0
     eps: float = 0.0
-    mean_square: float | None = None
+    curvature: float = 1.0  # running estimate of tr(H)
     lr_scale: float = 1.0  # halved where steps were found too long
     best_step: int = 0
     best_loss: float | None = None
@@ -93,13 +93,11 @@ class RunDirectory:
             RunError: there is something in it.
             ResourceError: it cannot be written.
         """
+        check_unused(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            strangers = [entry.name for entry in path.iterdir() if entry.name != ".lock"]
         except OSError as error:
             raise ResourceError(f"{path} cannot be made a run directory: {error.strerror}.") from error
-        if strangers:
-            raise RunError(f"{path} is not empty ({sorted(strangers)[0]}): continue it with `fwdllama resume {path}`, or choose another.")
         lock = cls._locked(path)
         try:
             facts = {**facts, "initial_adapter_sha256": hashlib.sha256(initial_adapter).hexdigest()}
@@ -172,6 +170,11 @@ class RunDirectory:
         self.state = replace(state, ledger=self.ledger.last.hex())
         write_atomically(self.path / "state.json", json.dumps(asdict(self.state)).encode())
 
+    def extend(self, config_json: str) -> None:
+        """Go on under another budget, which is stored first, so that an interruption does not lose it."""
+        write_atomically(self.path / "config.json", config_json.encode())
+        self.save(replace(self.state, finished=None))
+
     def _write_snapshot(self, theta: NDArray[np.float32]) -> None:
         temporary = self.path / ".snapshot.npz"
         hashed = np.frombuffer(self.ledger.last, np.uint8)
@@ -203,6 +206,19 @@ class RunDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def check_unused(path: Path) -> None:
+    """Refuse a place that cannot become a run directory.
+
+    Raises:
+        RunError: there is something in it.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; a run needs a folder of its own.")
+    strangers = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock") if path.exists() else []
+    if strangers:
+        raise RunError(f"{path} is not empty ({strangers[0]}): continue it with `fwdllama resume {path}`, or choose another.")
 
 
 def genesis_of(facts: dict[str, Any]) -> bytes:

@@ -51,7 +51,7 @@ class EstimatorConfig(Section):
 
     examples_per_probe: Positive = 2  # a decode of 16 tokens costs what one of 10 does
     sided: Literal["one", "two"] = "one"
-    rounds: Positive = 8  # directions for each group of examples and step
+    rounds: Positive = 12  # directions for each group of examples and step
     eps: PositiveFloat | None = None  # None: calibrated
     objective: Literal["nll", "f1"] = "nll"
 
@@ -67,7 +67,7 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.11  # how far one probe, its slope one RMS, moves each coordinate; in units of eps
+    lr: PositiveFloat = 0.08  # times slope over curvature: 1 would be best for one probe alone, with no other in the step
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
@@ -128,9 +128,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.estimator.examples_per_probe > self.batch.units * self.batch.per_unit:
-            raise ValueError("examples_per_probe exceeds the examples of a batch (units x per_unit)")
+            most = self.batch.units * self.batch.per_unit
+            raise ValueError(f"examples_per_probe {self.estimator.examples_per_probe} exceeds the {most} examples of a batch (units x per_unit)")
         if self.batch.fresh > self.batch.units:
-            raise ValueError("fresh cannot exceed units")
+            raise ValueError(f"fresh {self.batch.fresh} cannot exceed units {self.batch.units}")
         return self
 
 
@@ -145,7 +146,8 @@ def make_config(values: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "configuration"
-        raise UsageError(f"{place}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r}).") from error
+        given = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UsageError(f"{place}: {first['msg'].removeprefix('Value error, ')}{given}.") from error
 
 
 def read_config(path: Path) -> TrainConfig:

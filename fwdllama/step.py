@@ -1,8 +1,11 @@
-"""From slopes to coefficients: clip, normalise, and stay linear in the directions.
+"""From slopes to coefficients: clip, divide by the curvature, and stay linear in the directions.
 
-    theta <- theta - sum_i a_i z_i,    a_i = lr c_i / (N rms)
+    theta <- theta - sum_i a_i z_i,    a_i = lr c_i / tr(H)
 
-The normalised step needs no tuning to the scale of the loss, and because it is linear a run is its ledger of (seed, a_i).
+A single probe that moves theta by a z lowers the loss by a c and raises it by a^2/2 z^T H z, whose mean over random signs is
+a^2/2 tr(H): c / tr(H) is the best length that one probe can know. The trace costs nothing, because curvature is what lifts the
+mean of one-sided slopes: E[(L(theta + eps z) - L(theta)) / eps] = eps/2 tr(H). So `lr` has no unit, needs no tuning to a model's scale, and
+a step stays linear in its directions, which makes a run its ledger of (seed, a_i).
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ from fwdllama.direction import Bits, packed_bits, unpack
 
 @dataclass(frozen=True)
 class StepState:
-    """Running mean of squared slopes; None before the first step."""
+    """Running estimate of tr(H), in nats per squared unit of theta; calibration gives the first."""
 
-    mean_square: float | None = None
+    curvature: float
 
-    def updated(self, slopes: NDArray[np.float64], decay: float = 0.9) -> StepState:
-        """The state after a step whose usable slopes are `slopes`."""
-        if not len(slopes):
-            return self
-        now = float(np.mean(np.square(slopes)))
-        if self.mean_square is None:
-            return StepState(now)
-        return StepState(decay * self.mean_square + (1 - decay) * now)
+    def updated(self, measured: float, decay: float = 0.8) -> StepState:
+        """The state after a step that measured `measured`, which is noisy: less than a quarter of the estimate counts as that.
+
+        >>> StepState(4.0).updated(9.0).curvature
+        5.0
+        >>> StepState(4.0).updated(-50.0).curvature
+        3.4
+        """
+        now = max(measured, self.curvature / 4) if np.isfinite(measured) else self.curvature
+        return StepState(decay * self.curvature + (1 - decay) * now)
 
 
 def clipped(slopes: NDArray[np.float64], width: float = 3.0) -> NDArray[np.float64]:
@@ -50,14 +55,15 @@ def clipped(slopes: NDArray[np.float64], width: float = 3.0) -> NDArray[np.float
 
 def coefficients(
     slopes: NDArray[np.float64],  # (n_probes,) clipped
-    n_usable: int,
     lr: float,
-    mean_square: float,
+    curvature: float,
 ) -> NDArray[np.float32]:
-    """a_i of every probe, float32 because that is what a ledger entry holds; all zero where every slope was."""
-    if n_usable == 0 or mean_square <= 0.0:
-        return np.zeros(len(slopes), np.float32)
-    return (slopes * (lr / (n_usable * np.sqrt(mean_square)))).astype(np.float32)
+    """a_i of every probe, float32 because that is what a ledger entry holds.
+
+    >>> coefficients(np.array([1.0, -2.0]), lr=0.5, curvature=4.0)
+    array([ 0.125, -0.25 ], dtype=float32)
+    """
+    return np.asarray(slopes * (lr / curvature), np.float32)
 
 
 def combined(bits: Iterable[Bits], coefficients: Sequence[float] | NDArray[np.float32], n_params: int) -> NDArray[np.float32]:

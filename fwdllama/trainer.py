@@ -19,16 +19,15 @@ from fwdllama.batches import RollingBatches, grouped
 from fwdllama.checkpoint import RunDirectory, State
 from fwdllama.config import TrainConfig
 from fwdllama.errors import EngineError
-from fwdllama.estimator import Probe, centred_slopes, evaluate
+from fwdllama.estimator import Probe, centred_slopes, curvature, evaluate
 from fwdllama.ledger import Entry
 from fwdllama.oracle import LossOracle
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
-from fwdllama.sampler import Sampler, seed_at
+from fwdllama.sampler import Sampler
 from fwdllama.step import StepState, clipped, coefficients, combined
 from fwdllama.types import Encoded
 
-FIRST_STEP_FACTORS = (0.5, 1.0, 2.0)  # powers of two, so that scaled coefficients stay exact
-_GROUPING = 1 << 62  # keeps the seeds that shuffle groups apart from those of directions
+FIRST_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)  # powers of two, so that scaled coefficients stay exact
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ class Trainer:
     def _elapsed(self) -> float:
         return self.clock.now() - self._begun
 
-    def fraction(self) -> float:
-        """How much of the tightest budget is used, 0 to 1."""
-        budget, state = self.config.budget, self.state
+    def fraction(self, at: State | None = None) -> float:
+        """How much of the tightest budget is used, 0 to 1: now, or when the state is `at`."""
+        budget, state = self.config.budget, at or self.state
         used = [0.0]
         if budget.seconds is not None:
             used.append(self._elapsed() / budget.seconds)
@@ -140,7 +139,7 @@ class Trainer:
         fraction = self.fraction()
         offset = len(self.held_out)
         own = [None] * offset + list(self._rows[offset:])
-        groups = grouped(own, config.estimator.examples_per_probe, seed_at(config.seed, state.step, _GROUPING))
+        groups = grouped(own, config.estimator.examples_per_probe, state.step)
         one_sided = config.estimator.sided == "one"
         self.oracle.write(self.theta)
         members = sorted(row for group in groups for row in group)
@@ -153,11 +152,11 @@ class Trainer:
             return False
         limited = clipped(slopes)
         usable = limited[np.isfinite(slopes)]
-        running = StepState(state.mean_square).updated(usable)
-        assert running.mean_square is not None
-        lr = config.step.lr * state.eps * state.lr_scale * (1 - (1 - config.step.final_lr) * fraction)
-        # The step is lr x the number of probes: each probe moves theta as far as it would alone.
-        values = coefficients(limited, len(usable), lr * len(usable), running.mean_square)
+        rms = float(np.sqrt(np.mean(np.square(usable)))) if len(usable) else 0.0
+        measured = curvature(probes, losses, groups, state.eps, config.estimator.sided)
+        running = StepState(state.curvature).updated(measured)
+        lr = config.step.lr * state.lr_scale * (1 - (1 - config.step.final_lr) * fraction)
+        values = coefficients(limited, lr, running.curvature)
         update = combined([probe.bits for probe in probes], values, self.theta.size)
         factor = self._tested(update)
         values *= np.float32(factor)
@@ -169,12 +168,12 @@ class Trainer:
             state,
             step=state.step + 1,
             n_probes=state.n_probes + len(probes),
-            mean_square=running.mean_square,
+            curvature=running.curvature,
             lr_scale=_next_scale(state.lr_scale, factor, first=state.step == 0),
         )
         held_out = None
-        last = config.budget.steps is not None and after.step >= config.budget.steps
-        if self.held_out and (after.step % config.batch.evaluate_every == 0 or last or fraction >= 0.97):
+        last = self.fraction(after) >= 1.0
+        if self.held_out and (after.step % config.batch.evaluate_every == 0 or last):
             self.oracle.write(self.theta)
             held_out = self._held_out_loss()
             after = _judged(after, held_out)
@@ -187,7 +186,8 @@ class Trainer:
             "n_probes_gate": wanted,
             "loss": float(losses[members].mean()),
             "held_out_loss": held_out,
-            "projected_gradient_rms": float(np.sqrt(np.mean(np.square(usable)))) if len(usable) else 0.0,
+            "projected_gradient_rms": rms,
+            "curvature": measured if np.isfinite(measured) else None,
             "accepted": factor > 0,
             "step_factor": factor,
             "lr": lr,
@@ -227,7 +227,7 @@ class Trainer:
         """Load the next batch and try the step on the examples that are new in it: the factor to take it with.
 
         A later step is kept unless the new examples say, by more than two standard errors, that it is worse; then it is halved if
-        that is better than nothing, else rejected. The first step may also be doubled.
+        that is better than nothing, else rejected. The first step, whose curvature is that of an untrained model, takes the best of several.
         """
         new = self._load(self.state.step + 1)
         if not self.config.step.accept or not new:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from fwdllama.batches import EncodedUnits, RollingBatches, groups_of, grouped, shuffled
-from fwdllama.calibration import Calibration, calibrate, checked, measure, NOISE_EPS
-from fwdllama.checkpoint import RunDirectory, State, read_facts
+from fwdllama.calibration import Calibration, calibrate, measure
+from fwdllama.checkpoint import RunDirectory, State, check_unused, read_facts
 from fwdllama.config import TrainConfig, layer_band, read_config
 from fwdllama.encode import Encoder, model_template
 from fwdllama.engine import BASE_KEY
@@ -31,6 +31,7 @@ from fwdllama.llama.activation import activation_a, module_inputs
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
+from fwdllama.llama.trunk import Trunk, cut
 from fwdllama.machine import CELLS, check_memory, default_threads
 from fwdllama.models import default_cache_dir
 from fwdllama.space import Space, build_space
@@ -39,12 +40,13 @@ from fwdllama.tasks.load import load_dataset, split_by_group
 from fwdllama.trainer import Clock, Progress, Trainer
 from fwdllama.types import Dataset, Encoded
 from gguf_tools.adapter import Adapter, adapter_bytes, read_adapter, write_adapter
-from gguf_tools.model import file_sha256, read_model_info
+from gguf_tools.model import ModelInfo, file_sha256, read_model_info
 
 N_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
 ACTIVATION_EXAMPLES = 8  # the shortest of a sample: about 80 answer tokens, decoded in about a second
 FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
-EPS_GUESS = 0.004  # where the search for eps begins, with activation-informed A
+CALIBRATION_UNITS = 2  # of the first batch
+EPS_GUESS = 0.008  # where the search for eps begins, with activation-informed A
 HELD_OUT_FRACTION = 0.1
 
 
@@ -92,8 +94,9 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
         FwdllamaError: anything that a user can mend, in one sentence.
         FileError: the model's file is unfit.
     """
-    for path in (out, run_path):
-        check_writable(path.parent if path is out else path)
+    check_writable(out.parent)
+    check_writable(run_path)
+    check_unused(run_path)
     with _opened(config, model_path, source, hooks) as session:
         theta = session.space.initial_theta()
         session.load_first_batch()
@@ -107,7 +110,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
         }
         initial = session.adapter(theta, {})
         with RunDirectory.create(run_path, config.model_dump_json(indent=2), facts, adapter_bytes(initial)) as run:
-            run.save(replace(run.state, eps=calibration.eps))
+            run.save(replace(run.state, eps=calibration.eps, curvature=calibration.curvature))
             return session.finish(run, theta, out, calibration)
 
 
@@ -125,8 +128,8 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
     target = out or Path(files["out"])
     check_writable(target.parent)
     with RunDirectory.open(run_path) as run:
-        if budget and run.state.finished:
-            run.save(replace(run.state, finished=None))
+        if budget:
+            run.extend(config.model_dump_json(indent=2))
         held = read_adapter(run_path / "initial.gguf")
         a = {name: pair[0] for name, pair in held.tensors.items()}
         with _opened(config, Path(files["model"]), source, hooks, a=a) as session:
@@ -137,13 +140,28 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
             return session.finish(run, theta, target, None)
 
 
+def measure_noise(config: TrainConfig, model_path: Path, source: Source, hooks: Hooks) -> Calibration:
+    """What training would find at its start, and how fast its probes are; nothing is written.
+
+    Raises:
+        NoiseError: the slopes drown in the model's rounding.
+        FwdllamaError: anything else that a user can mend.
+        FileError: the model's file is unfit.
+    """
+    with _opened(config, model_path, source, hooks) as session:
+        session.load_first_batch()
+        return session.timed(session.space.initial_theta())
+
+
 @dataclass
 class _Session:
     """Everything that is open while a run goes on."""
 
     config: TrainConfig
-    model: Model
+    info: ModelInfo  # of the whole model
+    model: Model  # the whole, or its top
     model_path: Path
+    sha256: str
     oracle: LlamaOracle
     space: Space
     batches: RollingBatches
@@ -152,6 +170,7 @@ class _Session:
     invocation: tuple[int, ...]
     hooks: Hooks
     data_sha256: str
+    left_out: dict[str, int]  # while the data was read
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run; resuming checks it, the ledger's genesis hashes it."""
@@ -159,7 +178,7 @@ class _Session:
         settings.pop("budget")
         settings.pop("engine")
         return {
-            "base model": file_sha256(self.model_path, default_cache_dir()),
+            "base model": self.sha256,
             "data": self.data_sha256,
             "configuration": settings,
             "context": self.units.n_ctx,
@@ -167,36 +186,43 @@ class _Session:
         }
 
     def load_first_batch(self) -> None:
+        """Load as much of the first batch as calibration needs, so that the first probe need not wait for all of it."""
+        self.oracle.load(self._first_rows())
+
+    def _first_rows(self) -> list[Encoded | None]:
         rows, _ = self.batches.batch(0)
-        self.oracle.load([*self.held_out, *rows])
+        first = [row if i % self.batches.n_slots < CALIBRATION_UNITS else None for i, row in enumerate(rows)]
+        return [*[None] * len(self.held_out), *first]
 
     def calibrated(self, theta: np.ndarray[Any, np.dtype[np.float32]]) -> Calibration:
-        rows, _ = self.batches.batch(0)
-        own = [None] * len(self.held_out) + rows
-        groups = grouped(own, self.config.estimator.examples_per_probe, self.config.seed)
-        eps = self.config.estimator.eps
-        if eps is None:
-            found = calibrate(self.oracle, theta, groups, seed=self.config.seed, first_guess=EPS_GUESS)
-        else:
-            _, noise = measure(self.oracle, theta, groups, NOISE_EPS * eps, self.config.seed, 16)
-            lift, spread = measure(self.oracle, theta, groups, eps, self.config.seed, 16)
-            found = checked(Calibration(eps, noise, spread / eps, abs(lift) / eps**2, spread / max(noise, 1e-12)))
+        groups = grouped(self._first_rows(), self.config.estimator.examples_per_probe, 0)
+        found = calibrate(
+            self.oracle, theta, groups, seed=self.config.seed, first_guess=EPS_GUESS, eps=self.config.estimator.eps
+        )
         self.hooks.on_event(
             f"eps {found.eps:.2g}: a probe changes the loss by {found.slope_rms * found.eps:.2g} nats, rounding by {found.noise:.1g}"
         )
         return found
 
+    def timed(self, theta: np.ndarray[Any, np.dtype[np.float32]]) -> Calibration:
+        """The calibration, with the speed of probes."""
+        found = self.calibrated(theta)
+        groups = grouped(self._first_rows(), self.config.estimator.examples_per_probe, 0)
+        began = time.perf_counter()
+        measure(self.oracle, theta, groups, found.eps, self.config.seed, 16)
+        return replace(found, probes_per_s=3 * 16 / (time.perf_counter() - began))  # three points each
+
     def adapter(self, theta: np.ndarray[Any, np.dtype[np.float32]], metadata: dict[str, str]) -> Adapter:
         scope = self.config.space.scope
         return Adapter(
-            architecture=self.model.info.architecture,
+            architecture=self.info.architecture,
             alpha=self.space.alpha,
             tensors=self.space.tensors(theta),
             scope=scope,
             invocation_tokens=self.invocation if scope == "answer" else (),
             metadata={
-                BASE_KEY: file_sha256(self.model_path, default_cache_dir()),
-                "fwdllama.base.name": self.model.info.name,
+                BASE_KEY: self.sha256,
+                "fwdllama.base.name": self.info.name,
                 "fwdllama.template": self.config.template,
                 **metadata,
             },
@@ -206,22 +232,22 @@ class _Session:
         self, run: RunDirectory, theta: np.ndarray[Any, np.dtype[np.float32]], out: Path, calibration: Calibration | None
     ) -> Outcome:
         """Train, then write the adapter of the best held-out loss."""
-        context = self.oracle.context
         clock = Clock(
             decode_s=lambda: self.oracle.decode_s,
-            n_tokens=lambda: context.n_decoded,
+            n_tokens=lambda: self.oracle.n_decoded,
             peak_memory_bytes=peak_memory_bytes,
         )
         trainer = Trainer(
             self.config, self.oracle, self.batches, self.held_out, run, theta, clock, self.hooks.on_progress, self.hooks.stop
         )
         state = trainer.run()
-        skipped = dict(self.units.skipped)
+        skipped = {**self.left_out, **self.units.skipped}
         if state.finished is None:
             return Outcome(state, skipped, None, calibration)
         best = state.best_step if self.held_out else state.step
         theta = run.theta(self.space.initial_theta(), best)
         final = self.adapter(theta, {"fwdllama.run.ledger": run.ledger.last.hex(), "fwdllama.run.step": str(best)})
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(out, final)
         return Outcome(state, skipped, out, calibration)
 
@@ -250,7 +276,9 @@ def _opened(
     with ExitStack() as resources:
         options = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
         check_memory(info, _context_options(config, CELLS, 1), doubled=engine.mmap and engine.repack)
-        model = resources.enter_context(Model(model_path, options))
+        sha256 = file_sha256(model_path, default_cache_dir())
+        parts = cut(model_path, sha256, space.first_layer, default_cache_dir()) if engine.trunk else None
+        model = resources.enter_context(Model(parts.top if parts else model_path, options))
         encoder = Encoder(model, model_template(model, config.template, dataset.kind))
         size = config.batch.per_unit
         groups, watched_groups = groups_of(train_set.examples, size), groups_of(watched.examples, size)
@@ -262,24 +290,28 @@ def _opened(
         batches = RollingBatches(
             units, unit_size=unit_size, n_slots=max(1, n_rows // unit_size), fresh=max(1, config.batch.fresh * size // unit_size), seed=config.seed
         )
-        held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path)), unit_size, config)
+        held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path)), config)
         n_seq = len(held_out) + batches.n_slots * unit_size
         context_options = _context_options(config, n_ctx, n_seq)
         check_memory(info, context_options, loaded=True)
+        trunk = None
+        if parts:
+            trunk = Trunk(parts, context_options, options, unit_size)
+            resources.callback(trunk.close)
         if a is None and wanted.init == "activation":
             hooks.on_event("choosing A from the inputs of the adapted modules")
             short = sorted(sample, key=lambda e: e.n_tokens)[:ACTIVATION_EXAMPLES]
             one = replace(context_options, n_ctx_seq=max(e.n_tokens for e in short) + 32)
-            inputs = module_inputs(model, one, short, [m.name for m in space.matrices], wanted.scope)
+            inputs = module_inputs(model, one, short, [m.name for m in space.matrices], wanted.scope, trunk)
             a = activation_a(inputs, space.rank)
         space = replace(space, a=a)
-        oracle = resources.enter_context(LlamaOracle(model, space, wanted.scope, context_options, unit_size=unit_size))
+        oracle = resources.enter_context(LlamaOracle(model, space, wanted.scope, context_options, trunk=trunk))
         hooks.on_event(
             f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {band[0]}-{band[1]}, "
             f"rewritten by {oracle.adapter.writing}"
         )
         yield _Session(
-            config, model, model_path, oracle, space, batches, units, held_out, encoder.invocation, hooks, file_sha256(source.path)
+            config, info, model, model_path, sha256, oracle, space, batches, units, held_out, encoder.invocation, hooks, file_sha256(source.path), dict(dataset.skipped)
         )
 
 
@@ -307,14 +339,14 @@ def _held_out_share(config: TrainConfig, dataset: Dataset) -> float:
     return min(HELD_OUT_FRACTION, 4 * config.batch.held_out / max(1, len(dataset.examples)))
 
 
-def _held_out_rows(units: EncodedUnits, unit_size: int, config: TrainConfig) -> list[Encoded | None]:
+def _held_out_rows(units: EncodedUnits, config: TrainConfig) -> list[Encoded | None]:
     """Rows of watched examples, whole units, from as many paragraphs as possible."""
     rows: list[Encoded | None] = []
     n = 0
     for index in shuffled(config.seed, 1, len(units)):
         unit = units[int(index)]
         if unit and n < config.batch.held_out:
-            rows += [*unit, *[None] * (unit_size - len(unit))]
+            rows += [replace(example, unit=-1000 - int(index)) for example in unit]
             n += len(unit)
     return rows
 

@@ -36,7 +36,8 @@ class Encoded:
     """An example as the engine sees it, in tokens of one model.
 
     The adapter of scope `answer` is on from the first token of `invocation`. Losses are taken over `target`: the answer and
-    its end token, or, where `choices` is given, over one token among the first tokens of the label words.
+    its end token, or, where `choices` is given, over one token among the first tokens of the label words. Examples of one `unit`
+    have prompts that begin alike and may share the work on them.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Encoded:
     invocation: tuple[int, ...]
     target: tuple[int, ...]
     choices: tuple[int, ...] = ()
+    unit: int | None = None
 
     @property
     def n_tokens(self) -> int:

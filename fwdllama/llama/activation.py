@@ -18,7 +18,8 @@ from fwdllama.errors import EngineError
 from fwdllama.llama.binding import TensorHead, ggml, layout_is_known
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
-from fwdllama.llama.prompts import decode_rows
+from fwdllama.llama.prompts import decode
+from fwdllama.llama.trunk import Trunk
 from fwdllama.types import Encoded, Scope
 
 Inputs = Mapping[str, NDArray[np.float32]]  # weight name -> (n_tokens, n_in)
@@ -26,7 +27,12 @@ MAX_TOKENS = 512  # per matrix: far more than a rank needs, and little memory on
 
 
 def module_inputs(
-    model: Model, options: ContextOptions, examples: Sequence[Encoded], names: Sequence[str], scope: Scope
+    model: Model,
+    options: ContextOptions,
+    examples: Sequence[Encoded],
+    names: Sequence[str],
+    scope: Scope,
+    trunk: Trunk | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Inputs of the weights `names` on the tokens where an adapter of `scope` is on, in the base model.
 
@@ -36,7 +42,8 @@ def module_inputs(
     library = ggml()
     if library is None or not layout_is_known():
         raise EngineError("this build's tensors cannot be read; choose --init random.")
-    wanted = set(names)
+    first = trunk.first if trunk else 0
+    own = {_renumbered(name, -first): name for name in names}
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
     watching = False
 
@@ -45,7 +52,7 @@ def module_inputs(
             return not ask
         sources = TensorHead.from_address(node).src
         weight = library.ggml_get_name(sources[0]).decode() if sources[0] and sources[1] else ""
-        if weight not in wanted:
+        if weight not in own:
             return not ask
         if not ask:
             head = TensorHead.from_address(sources[1])
@@ -53,7 +60,7 @@ def module_inputs(
                 return True
             values = np.empty((head.ne[3] * head.ne[2] * head.ne[1], head.ne[0]), np.float32)
             library.ggml_backend_tensor_get(sources[1], values.ctypes.data, 0, values.nbytes)
-            found[weight].append(values)
+            found[own[weight]].append(values)
         return True
 
     with Context(model, replace(options, n_seq=1, n_outputs=1), eval_callback=look) as context:
@@ -61,18 +68,25 @@ def module_inputs(
             context.clear()
             behind = np.array(example.invocation + example.target[:-1], np.int32)
             prompt = np.array(example.prompt, np.int32)
+            states = trunk.states([prompt], [behind])[0] if trunk else None
             watching = scope == "all"
-            decode_rows(context, [(0, 0, prompt)])
+            decode(context, 0, 0, prompt if states is None else states[: len(prompt)])
             watching = True
             # The last token asks for logits: otherwise the last layer's feed-forward part would be left out.
             positions = np.arange(len(prompt), len(prompt) + len(behind), dtype=np.int32)
             wants = np.zeros(len(behind), np.int8)
             wants[-1] = 1
-            context.decode(behind, positions, np.zeros(len(behind), np.int32), wants)
+            inputs = behind if states is None else states[len(prompt) :]
+            context.decode(inputs, positions, np.zeros(len(behind), np.int32), wants)
     missing = [name for name in names if not found[name]]
     if missing:
         raise EngineError(f"the inputs of {missing[0]} were not seen in the graph; choose --init random.")
     return {name: np.concatenate(parts)[:MAX_TOKENS] for name, parts in found.items()}
+
+
+def _renumbered(name: str, by: int) -> str:
+    block, layer, rest = name.split(".", 2)
+    return f"{block}.{int(layer) + by}.{rest}"
 
 
 def principal_rows(inputs: NDArray[np.float32], rank: int) -> NDArray[np.float32]:

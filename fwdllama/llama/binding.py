@@ -16,6 +16,7 @@ from typing import Any
 from fwdllama.errors import EngineError
 
 log = logging.getLogger("fwdllama.llama")
+engine_log = logging.getLogger("fwdllama.llama.cpp")  # llama.cpp's own words, apart so that they can be silenced
 
 TESTED_VERSION = "0.3.36"
 
@@ -94,7 +95,7 @@ def llama() -> Any:
 @functools.cache
 def _log_callback(llama_cpp: Any) -> Any:
     def write(level: int, text: bytes, _user_data: object) -> None:
-        log.log(_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
+        engine_log.log(_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
 
     return llama_cpp.llama_log_callback(write)
 

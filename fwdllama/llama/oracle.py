@@ -17,7 +17,8 @@ from fwdllama.errors import DataError
 from fwdllama.llama.adapter import LoadedAdapter, Writing
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
-from fwdllama.llama.prompts import fill, units
+from fwdllama.llama.prompts import fill
+from fwdllama.llama.trunk import Trunk
 from fwdllama.loss import choice_nll, token_nll
 from fwdllama.oracle import Losses
 from fwdllama.space import Space
@@ -30,7 +31,7 @@ class _Row:
     """What a loss decodes for one example: tokens behind the prompt, and which of them predict the target."""
 
     start: int  # position of the first invocation token
-    tokens: NDArray[np.int32]  # invocation + target[:-1]
+    tokens: NDArray[np.int32] | NDArray[np.float32]  # invocation + target[:-1], or what they are at the entrance of the top
     first: int  # index in tokens of the one that predicts target[0]
     target: NDArray[np.int32]
     choices: NDArray[np.int32]
@@ -51,10 +52,17 @@ def _n_behind(example: Encoded) -> int:
     return len(example.invocation) + len(example.target) - 1
 
 
-def _same(a: Sequence[NDArray[np.int32] | None], b: Sequence[NDArray[np.int32] | None]) -> bool:
-    return len(a) == len(b) and all(
-        x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in zip(a, b, strict=True)
-    )
+_Unit = list[tuple[int, tuple[int, ...]]]  # rows and their prompts
+
+
+def _units(examples: Sequence[Encoded | None]) -> dict[int, _Unit]:
+    """Rows whose prompts are decoded together, by unit; an example without one is a unit of its own, numbered below zero by row."""
+    units: dict[int, _Unit] = {}
+    for row, example in enumerate(examples):
+        if example is not None:
+            key = example.unit if example.unit is not None else -1 - row
+            units.setdefault(key, []).append((row, example.prompt))
+    return units
 
 
 class LlamaOracle:
@@ -67,21 +75,23 @@ class LlamaOracle:
         scope: Scope,
         options: ContextOptions,
         *,
-        unit_size: int = 1,
+        trunk: Trunk | None = None,
         writing: Writing | None = None,
     ) -> None:
-        self.model, self.space, self.scope = model, space, scope
+        """`model` is the whole model, or with a `trunk` the top that belongs to it; names in `space` are the whole model's."""
+        self.model, self.space, self.scope, self.trunk = model, space, scope, trunk
         adapter = Adapter(
             architecture=model.info.architecture,
             alpha=space.alpha,
-            tensors=space.tensors(space.initial_theta()),
+            tensors={self._own_name(name): pair for name, pair in space.tensors(space.initial_theta()).items()},
             scope="all",
             invocation_tokens=(),
             metadata={},
         )
         self.adapter = LoadedAdapter(model, adapter, writing=writing)
         self.context = Context(model, options)
-        self.unit_size = unit_size
+        self._units: dict[int, _Unit] = {}
+        self._states: dict[int, NDArray[np.float32]] = {}  # with a trunk: what enters the top, of whole examples
         self._rows: list[_Row | None] = []
         self._prompts: list[NDArray[np.int32] | None] = []
 
@@ -93,16 +103,21 @@ class LlamaOracle:
     @property
     def decode_s(self) -> float:
         """Seconds spent inside llama_decode so far."""
-        return self.context.decode_s
+        return self.context.decode_s + (self.trunk.context.decode_s if self.trunk else 0.0)
 
-    def fits(self, example: Encoded, longest_answer: int = 0) -> bool:
-        """Whether the example, padded to `longest_answer` tokens behind its prompt, fits a sequence."""
-        return len(example.prompt) + max(_n_behind(example), longest_answer) <= self.context.options.n_ctx_seq
+    @property
+    def n_decoded(self) -> int:
+        """Tokens decoded so far; those that only the trunk or only the top computed count as one each."""
+        return self.context.n_decoded + (self.trunk.context.n_decoded if self.trunk else 0)
+
+    def fits(self, example: Encoded) -> bool:
+        """Whether the example fits a sequence."""
+        return example.n_tokens <= self.context.options.n_ctx_seq
 
     def load(self, examples: Sequence[Encoded | None]) -> None:
         """Make `examples` the batch; None leaves a row empty.
 
-        In scope `answer` this decodes their prompts, block by block of `unit_size` rows, except blocks that hold what they held before.
+        In scope `answer` this decodes their prompts, except those of units whose rows hold what they held before.
 
         Raises:
             DataError: too many examples, or one that does not fit its sequence.
@@ -111,44 +126,65 @@ class LlamaOracle:
             raise DataError(f"a batch of {len(examples)} examples exceeds the context's {self.capacity} sequences.")
         if all(e is None for e in examples):
             raise DataError("a batch is empty; it needs at least one example.")
-        widest = max(_n_behind(e) for e in examples if e is not None)
-        options = self.context.options
         for example in examples:
-            if example is None:
-                continue
-            if not example.invocation or not example.target:
-                raise DataError(f"example {example.id} has no invocation or no answer, so nothing predicts the answer.")
-            if _n_behind(example) > options.n_batch or len(example.target) > options.n_outputs:
-                raise DataError(
-                    f"example {example.id} has {_n_behind(example)} tokens behind its prompt and {len(example.target)} to predict; "
-                    f"one decode holds {options.n_batch} and {options.n_outputs}."
-                )
-            if not self.fits(example, widest):
-                raise DataError(
-                    f"example {example.id} needs {len(example.prompt) + widest} tokens, "
-                    f"but the context holds {self.context.options.n_ctx_seq}."
-                )
-        before, self._prompts = self._prompts, []  # a decode that fails leaves nothing that could pass for kept
+            if example is not None:
+                self._check(example)
+        before, self._units = self._units, {}  # a decode that fails leaves nothing that could pass for kept
         self._rows = [None if e is None else _row(e) for e in examples]
-        prompts = [None if e is None else np.array(e.prompt, np.int32) for e in examples]
+        self._prompts = [None if e is None else np.array(e.prompt, np.int32) for e in examples]
+        after = _units(examples)
         if self.scope == "answer":
             self.adapter.attach(self.context, False)
-            for unit in units(prompts, self.unit_size):
-                if not _same(before[unit.start : unit.stop], prompts[unit.start : unit.stop]):
-                    fill(self.context, prompts, unit)
-        self._prompts = prompts
+        kept = {key for key, members in after.items() if before.get(key) == members}
+        states = {row: self._states[row] for key in kept for row, _ in after[key] if row in self._states}
+        for key, members in after.items():
+            rows = [row for row, _ in members]
+            if key not in kept:
+                states.update(self._trunk_states(rows))
+                if self.scope == "answer":
+                    fill(self.context, self._prompts, rows, states=states if self.trunk else None)
+        for row, values in states.items():
+            self._row(row).tokens = values[self._row(row).start :]
+        self._states = states
+        self._units = after
         self.adapter.attach(self.context, True)
+
+    def _trunk_states(self, rows: list[int]) -> dict[int, NDArray[np.float32]]:
+        if self.trunk is None:
+            return {}
+        prompts = [prompt for row in rows if (prompt := self._prompts[row]) is not None]
+        behind = [np.asarray(self._row(row).tokens, np.int32) for row in rows]
+        return dict(zip(rows, self.trunk.states(prompts, behind), strict=True))
+
+    def _check(self, example: Encoded) -> None:
+        options = self.context.options
+        if not example.invocation or not example.target:
+            raise DataError(f"example {example.id} has no invocation or no answer, so nothing predicts the answer.")
+        if _n_behind(example) > options.n_batch or len(example.target) > options.n_outputs:
+            raise DataError(
+                f"example {example.id} has {_n_behind(example)} tokens behind its prompt and {len(example.target)} to predict; "
+                f"one decode holds {options.n_batch} and {options.n_outputs}."
+            )
+        if not self.fits(example):
+            raise DataError(f"example {example.id} needs {example.n_tokens} tokens, but the context holds {options.n_ctx_seq}.")
 
     def write(self, theta: NDArray[np.float32]) -> None:
         """Put theta into the adapter."""
-        self.adapter.update(dict(self.space.views(theta)))
+        self.adapter.update({self._own_name(name): values for name, values in self.space.views(theta)})
+
+    def _own_name(self, name: str) -> str:
+        """The tensor's name in the model that is loaded: a top's layers are numbered from 0."""
+        first = self.trunk.first if self.trunk else 0
+        block, layer, rest = name.split(".", 2)
+        return f"{block}.{int(layer) - first}.{rest}"
 
     def losses(self, rows: Sequence[int] | None = None) -> Losses:
         """Mean negative log-likelihood per target token, in nats, float64 (len(rows),)."""
         chosen = [i for i, row in enumerate(self._rows) if row is not None] if rows is None else list(rows)
         if self.scope == "all":
             wanted = set(chosen)
-            fill(self.context, [p if i in wanted else None for i, p in enumerate(self._prompts)])
+            prompts = [p if i in wanted else None for i, p in enumerate(self._prompts)]
+            fill(self.context, prompts, states=self._states if self.trunk else None)
         found: dict[int, float] = {}
         for group in self._groups(sorted(set(chosen))):
             found.update(zip(group, self._group_losses(group), strict=True))
@@ -161,24 +197,28 @@ class LlamaOracle:
         return row
 
     def _groups(self, chosen: list[int]) -> list[list[int]]:
-        """Split rows into decodes: similar lengths together, within the context's tokens and outputs."""
+        """Split rows into decodes of consecutive sequences (others would be taken one by one) within tokens, outputs and cells."""
         options, groups = self.context.options, []
         group: list[int] = []
-        n_outputs = 0
-        for r in sorted(chosen, key=lambda r: (len(self._row(r).tokens), r)):
-            row = self._row(r)
-            full = (len(group) + 1) * len(row.tokens) > options.n_batch or n_outputs + len(row.target) > options.n_outputs
-            if group and full:
+        for r in chosen:
+            together = [self._row(i) for i in (*group, r)]
+            width = max(len(row.tokens) for row in together)
+            if group and (
+                r != group[-1] + 1
+                or len(together) * width > options.n_batch
+                or sum(len(row.target) for row in together) > options.n_outputs
+                or max(row.start for row in together) + width > options.n_ctx_seq
+            ):
                 groups.append(group)
-                group, n_outputs = [], 0
+                group = []
             group.append(r)
-            n_outputs += len(row.target)
         return [*groups, group] if group else groups
 
     def _group_losses(self, group: list[int]) -> list[float]:
         width = max(len(self._row(r).tokens) for r in group)
         shape = (len(group), width)
-        tokens, wants = np.zeros(shape, np.int32), np.zeros(shape, np.int8)
+        wants = np.zeros(shape, np.int8)
+        tokens = np.zeros((*shape, self.model.n_embd), np.float32) if self.trunk else np.zeros(shape, np.int32)
         positions, sequences = np.empty(shape, np.int32), np.empty(shape, np.int32)
         ramp = np.arange(width, dtype=np.int32)
         for i, r in enumerate(group):
@@ -188,7 +228,7 @@ class LlamaOracle:
             sequences[i] = r
             wants[i, row.first : len(row.tokens)] = 1
             self.context.forget(r, row.start)
-        logits = self.context.decode(tokens.ravel(), positions.ravel(), sequences.ravel(), wants.ravel())
+        logits = self.context.decode(tokens.reshape(shape[0] * shape[1], *tokens.shape[2:]), positions.ravel(), sequences.ravel(), wants.ravel())
         assert logits is not None
         losses, start = [], 0
         for r in group:

@@ -56,13 +56,15 @@ def make(
     shapes: Mapping[str, Any] = {name: shape for name, (shape, _) in model.info.tensors.items()}
     modules, n_layers = ["q", "k", "v", "o", "down"], model.info.n_layers
     space = build_space(shapes, n_layers, modules=modules, layers=layers, rank=4, alpha=8.0, train=train, seed=3)
-    usual = ContextOptions(n_ctx_seq=128, n_seq=8, n_outputs=64, n_batch=256, n_threads=1, kv_type="f32", flash=False)
-    return LlamaOracle(model, space, scope, replace(usual, **changes), unit_size=3, writing=writing)
+    usual = ContextOptions(128, n_seq=8, n_outputs=64, n_batch=256, n_threads=1, kv_type="f32", flash=False)
+    return LlamaOracle(model, space, scope, replace(usual, **changes), writing=writing)
 
 
-def example(name: str, prompt: Sequence[int], n_target: int, *, choices: tuple[int, ...] = ()) -> Encoded:
+def example(
+    name: str, prompt: Sequence[int], n_target: int, *, choices: tuple[int, ...] = (), unit: int | None = None
+) -> Encoded:
     target = np.random.default_rng(len(prompt) + n_target).integers(3, 300, n_target).tolist()
-    return Encoded(name, tuple(prompt), INVOCATION, (choices[0],) if choices else tuple(target), choices)
+    return Encoded(name, tuple(prompt), INVOCATION, (choices[0],) if choices else tuple(target), choices, unit)
 
 
 def prompt(n: int, seed: int) -> tuple[int, ...]:
@@ -70,11 +72,11 @@ def prompt(n: int, seed: int) -> tuple[int, ...]:
 
 
 EXAMPLES = [
-    example("a", PARAGRAPH + prompt(9, 2), 3),
-    example("b", PARAGRAPH + prompt(17, 3), 9),
-    example("c", PARAGRAPH + prompt(4, 4), 1),
-    example("d", prompt(31, 5), 5),
-    example("e", prompt(8, 6), 2),
+    example("a", PARAGRAPH + prompt(9, 2), 3, unit=0),
+    example("b", PARAGRAPH + prompt(17, 3), 9, unit=0),
+    example("c", PARAGRAPH + prompt(4, 4), 1, unit=0),
+    example("d", prompt(31, 5), 5, unit=7),
+    example("e", prompt(8, 6), 2, unit=7),
     example("f", prompt(20, 7), 1, choices=(70, 71, 90)),
     example("no prompt", (), 4),
 ]
@@ -89,9 +91,7 @@ def expected(by_hand: TinyLlama, oracle: LlamaOracle, theta: Theta, examples: Se
     return [by_hand.loss(e, tensors, scale, oracle.scope) for e in examples]
 
 
-def test_losses_are_those_of_the_model_worked_out_by_hand_in_either_scope(
-    oracle: LlamaOracle, by_hand: TinyLlama
-) -> None:
+def test_losses_are_those_of_the_model_worked_out_by_hand(oracle: LlamaOracle, by_hand: TinyLlama) -> None:
     oracle.load(EXAMPLES)
     for theta in (oracle.space.initial_theta(), drawn(oracle, 1), drawn(oracle, 2)):
         oracle.write(theta)
@@ -176,25 +176,25 @@ def test_a_loss_is_bit_equal_whatever_the_rest_of_the_batch_is(oracle: LlamaOrac
     assert np.array_equal(oracle.losses([0]), first)
 
 
-def test_prompts_that_stay_where_they_were_are_kept_and_give_the_same_bits(model: Model) -> None:
-    with make(model, "answer") as oracle, make(model, "answer") as fresh:
+def test_a_units_common_beginning_is_decoded_once_and_only_new_units_are_decoded(model: Model) -> None:
+    with make(model, "answer") as oracle:
         oracle.load(EXAMPLES)
-        oracle.write(drawn(oracle, 1))
-        oracle.losses()
-        changed = [*EXAMPLES[:3], example("x", prompt(12, 9), 4), EXAMPLES[4]]
-        before = oracle.context.n_decoded
-        oracle.load(changed)
-        assert oracle.context.n_decoded - before == 12 + 8  # the second block of three rows
-        fresh.load(changed)
-        fresh.write(drawn(oracle, 1))
-        assert np.array_equal(oracle.losses(), fresh.losses())
+        assert oracle.n_decoded == 49 + 17 + 4 + 31 + 8 + 20
+        for changed, n_decoded in (
+            ([*EXAMPLES[:3], None, *EXAMPLES[4:]], 8),  # e is a unit by itself now
+            ([*EXAMPLES[:4], *EXAMPLES[5:]], 31 + 20),  # f has moved, and no row's cells do
+            ([*EXAMPLES[:4], EXAMPLES[5], replace(EXAMPLES[5], id="g")], 20),
+            (EXAMPLES[1:3], 57 + 4),
+        ):
+            before = oracle.n_decoded
+            oracle.load(changed)
+            assert oracle.n_decoded - before == n_decoded
 
 
 def test_a_batch_that_does_not_fit_one_decode_is_split(oracle: LlamaOracle, by_hand: TinyLlama) -> None:
     theta = drawn(oracle, 1)
     reference = expected(by_hand, oracle, theta, EXAMPLES)
-    cuts: list[dict[str, Any]] = [{"n_batch": 16}, {"n_outputs": 10}, {"n_batch": 24, "n_outputs": 12}]
-    for sizes in cuts:
+    for sizes in ({"n_batch": 16}, {"n_outputs": 10}, {"n_batch": 24, "n_outputs": 12}):
         with make(oracle.model, oracle.scope, **sizes) as own:
             own.load(EXAMPLES)
             own.write(theta)
@@ -255,11 +255,16 @@ def test_training_a_as_well_writes_both_halves(model: Model, by_hand: TinyLlama)
         assert oracle.losses().tolist() == pytest.approx(expected(by_hand, oracle, theta, EXAMPLES), abs=NOISE)
 
 
-def test_an_example_fits_if_its_prompt_and_the_widest_answer_do(oracle: LlamaOracle) -> None:
+def test_an_example_fits_if_all_of_it_but_the_last_token_does(oracle: LlamaOracle, by_hand: TinyLlama) -> None:
     long = example("long", prompt(120, 1), 6)
-    assert [oracle.fits(long), oracle.fits(long, 8), oracle.fits(long, 9)] == [True, True, False]
+    assert long.n_tokens == 128
+    assert oracle.fits(long)
     assert not oracle.fits(replace(long, prompt=(*long.prompt, 5)))
-    oracle.load([long])
+    batch = [example("wide", prompt(5, 2), 9), long, example("wide", prompt(6, 2), 9)]  # padded to 9, it would not
+    oracle.load(batch)
+    theta = drawn(oracle, 1)
+    oracle.write(theta)
+    assert oracle.losses().tolist() == pytest.approx(expected(by_hand, oracle, theta, batch), abs=NOISE)
 
 
 @pytest.mark.parametrize(
@@ -268,11 +273,8 @@ def test_an_example_fits_if_its_prompt_and_the_widest_answer_do(oracle: LlamaOra
         ([EXAMPLES[0]] * 9, r"a batch of 9 examples exceeds the context's 8 sequences\."),
         ([], r"a batch is empty"),
         ([None, None], r"a batch is empty"),
-        (
-            [example("wide", prompt(5, 2), 8), example("long", prompt(120, 1), 6)],  # padded to the other's width
-            r"example long needs 130 tokens, but the context holds 128\.",
-        ),
-        ([example("wide", prompt(5, 2), 65)], r"example wide .*\b64\b"),  # one decode holds 64 outputs
+        ([example("long", prompt(121, 1), 6)], r"example long needs 129 tokens, but the context holds 128\."),
+        ([example("wide", prompt(5, 2), 65)], r"example wide has 67 tokens .* 65 to predict; .* 256 and 64\."),
         ([replace(EXAMPLES[0], invocation=())], r"example a has no invocation"),
         ([replace(EXAMPLES[0], target=())], r"example a has no .*answer"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
-from fwdllama.llama.prompts import MIN_SHARED, common_prefix, fill, packed, units
+from fwdllama.llama.prompts import MIN_SHARED, common_prefix, decode, fill, plan
 from gguf_tools.synth import write_tiny_llama
 
 Tokens = NDArray[np.int32]
@@ -42,6 +43,7 @@ PROMPTS = [
     np.concatenate([OTHER[:40], drawn(3, 6)]),
     drawn(5, 7),
 ]
+UNITS = ([0, 1, 2], [3, 4], [5])
 
 
 def held(context: Context, prompts: Sequence[Tokens]) -> list[NDArray[np.float32]]:
@@ -68,17 +70,15 @@ def alone(context: Context, prompt: Tokens) -> NDArray[np.float32]:
     return last
 
 
+def same(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_every_sequence_holds_exactly_its_own_prompt(context: Context) -> None:
     expected = [alone(context, prompt) for prompt in PROMPTS]
     fill(context, PROMPTS)
     for got, wanted in zip(held(context, PROMPTS), expected, strict=True):
         assert np.abs(got - wanted).max() < NOISE
-
-
-def test_units_are_blocks_of_neighbouring_rows() -> None:
-    assert units(PROMPTS, 4) == [range(4), range(4, 6)]
-    assert units(PROMPTS, 1) == [range(i, i + 1) for i in range(6)]
-    assert units([], 3) == []
 
 
 def test_a_row_of_none_is_left_empty_and_the_others_hold_their_own(context: Context) -> None:
@@ -92,37 +92,62 @@ def test_a_row_of_none_is_left_empty_and_the_others_hold_their_own(context: Cont
 
 def test_a_shared_beginning_is_decoded_once(context: Context) -> None:
     before = context.n_decoded
-    fill(context, PROMPTS, share=False)
-    assert context.n_decoded - before == sum(len(prompt) for prompt in PROMPTS)
-    before = context.n_decoded
     fill(context, PROMPTS)
     leaders = sum(len(PROMPTS[i]) for i in (0, 3, 5))
-    assert context.n_decoded - before == leaders + 3 * 31  # rests of 3, 12 and 31 tokens, padded to one width
+    assert context.n_decoded - before == leaders + 31 + 12 + 3
 
 
-def test_a_beginning_shorter_than_a_copy_is_worth_is_decoded_again(context: Context) -> None:
-    for n_shared, n_decoded in ((MIN_SHARED - 1, 20 + 20), (MIN_SHARED, 20 + 4)):
-        first, second = drawn(20, 1), drawn(20, 2)
+def test_every_row_follows_the_leader_it_shares_most_with() -> None:
+    prompts = [PARAGRAPH, OTHER, PARAGRAPH[:60], None, np.concatenate([OTHER[:30], PARAGRAPH[:9]]), PARAGRAPH[:58]]
+    found = plan(prompts, [0, 1, 2, 3, 4, 5])
+    assert found == [(0, 0, 0), (1, 1, 0), (2, 0, 59), (4, 1, 30), (5, 0, 57)]  # the last token is always decoded
+    assert plan(prompts, [5, 4, 0]) == [(5, 5, 0), (4, 4, 0), (0, 5, 58)]  # rows lead in the order given
+    assert plan(prompts, [3]) == []
+
+
+def test_a_beginning_that_is_short_or_less_than_half_of_the_prompt_is_decoded_again(context: Context) -> None:
+    for n, n_shared, n_decoded in ((20, MIN_SHARED - 1, 20), (20, MIN_SHARED, 4), (60, 29, 60), (60, 30, 30)):
+        first, second = drawn(n, 1), drawn(n, 2)
         second[:n_shared] = first[:n_shared]
         second[n_shared] = first[n_shared] + 1
         before = context.n_decoded
         fill(context, [first, second])
-        assert context.n_decoded - before == n_decoded
+        assert context.n_decoded - before == n + n_decoded
+
+
+letters = st.integers(0, 1)
+families = st.lists(
+    st.none() | st.tuples(letters, st.integers(0, 40), st.lists(letters, min_size=1, max_size=30)), max_size=8
+)
+
+
+@given(families)
+def test_a_plan_reaches_every_prompt_by_way_of_an_earlier_row_that_begins_like_it(
+    family: list[tuple[int, int, list[int]] | None],
+) -> None:
+    prompts = [None if f is None else np.array([f[0]] * f[1] + f[2], np.int32) for f in family]
+    reached: dict[int, list[int]] = {}
+    for row, leader, n in plan(prompts, range(len(prompts))):
+        prompt = prompts[row]
+        assert prompt is not None
+        assert (n == 0) == (leader == row)
+        assert n == 0 or n >= max(MIN_SHARED, len(prompt) // 2)
+        assert n < len(prompt)
+        reached[row] = reached.get(leader, [])[:n] + prompt[n:].tolist()
+    assert reached == {row: prompt.tolist() for row, prompt in enumerate(prompts) if prompt is not None}
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_a_prompts_cells_are_bit_equal_whichever_other_prompts_there_are_and_were(
-    context: Context, flash: bool
-) -> None:
+def test_a_prompts_cells_are_bit_equal_whichever_other_units_there_are_and_were(context: Context, flash: bool) -> None:
     with Context(context.model, replace(context.options, flash=flash)) as own:
-        for unit in units(PROMPTS, 3):
+        for unit in UNITS:
             fill(own, PROMPTS, unit)
         first = held(own, PROMPTS)
         elsewhere = [*PROMPTS[3:], *PROMPTS[:3]]
-        for unit in units(elsewhere, 3):
+        for unit in ([3, 4, 5], [2], [0, 1]):
             fill(own, elsewhere, unit)
         again = held(own, elsewhere)
-    assert all(np.array_equal(a, b) for a, b in zip(again, [*first[3:], *first[:3]], strict=True))
+    assert same(again, [*first[3:], *first[:3]])
 
 
 def test_filling_one_unit_leaves_the_others_to_the_bit(context: Context) -> None:
@@ -130,11 +155,10 @@ def test_filling_one_unit_leaves_the_others_to_the_bit(context: Context) -> None
     first = held(context, PROMPTS)
     changed = [*PROMPTS[:3], drawn(9, 13), drawn(8, 14), PROMPTS[5]]
     before = context.n_decoded
-    fill(context, changed, range(3, 5))
+    fill(context, changed, [3, 4])
     assert context.n_decoded - before == 9 + 8
     now = held(context, changed)
-    for i in (0, 1, 2, 5):
-        assert np.array_equal(now[i], first[i])
+    assert same([now[i] for i in (0, 1, 2, 5)], [first[i] for i in (0, 1, 2, 5)])
     for i in (3, 4):
         assert np.abs(now[i] - alone(context, changed[i])).max() < NOISE
 
@@ -154,15 +178,15 @@ def test_a_prompt_longer_than_a_decode_is_decoded_in_several(context: Context) -
     assert np.abs(held(context, prompts)[0] - expected).max() < NOISE
 
 
-def test_padding_never_needs_more_cells_than_a_sequence_has(context: Context) -> None:
-    """A long prompt with a short rest beside a short prompt with a long rest: both fit, the first padded would not."""
-    nearly_full = drawn(250, 10)
-    prompts = [nearly_full, nearly_full.copy(), np.concatenate([nearly_full[:20], drawn(60, 11)])]
-    prompts[1][-1] = 5
-    expected = [alone(context, prompt) for prompt in prompts]
-    fill(context, prompts)
-    for got, wanted in zip(held(context, prompts), expected, strict=True):
-        assert np.abs(got - wanted).max() < NOISE
+def test_decoding_a_prompt_from_where_it_was_left_is_decoding_it_at_once(context: Context) -> None:
+    prompt = PROMPTS[1]
+    expected = alone(context, prompt)
+    context.clear()
+    decode(context, 2, 0, prompt[:50])
+    decode(context, 2, 50, prompt[50:])
+    nothing = prompt[:0]
+    got = held(context, [nothing, nothing, prompt])[2]
+    assert np.abs(got - expected).max() < NOISE
 
 
 def test_filling_again_forgets_what_was_there(context: Context) -> None:
@@ -171,7 +195,21 @@ def test_filling_again_forgets_what_was_there(context: Context) -> None:
     again = held(context, PROMPTS[3:])
     context.clear()
     fill(context, PROMPTS[3:])
-    assert all(np.array_equal(a, b) for a, b in zip(again, held(context, PROMPTS[3:]), strict=True))
+    assert same(again, held(context, PROMPTS[3:]))
+
+
+def test_states_take_the_place_of_tokens_and_may_go_on_behind_the_prompt(context: Context) -> None:
+    """What enters the first layer of a whole model is the embeddings of the tokens, which a reader can look up."""
+    reader = gguf.GGUFReader(context.model.info.path)
+    embeddings = next(np.array(t.data, np.float32) for t in reader.tensors if t.name == "token_embd.weight")
+    fill(context, PROMPTS)
+    expected = held(context, PROMPTS)
+    context.clear()
+    states = {row: embeddings[np.append(prompt, drawn(row, 30))] for row, prompt in enumerate(PROMPTS)}
+    before = context.n_decoded
+    fill(context, PROMPTS, states=states)
+    assert context.n_decoded - before == 97 + 70 + 5 + 31 + 12 + 3
+    assert same(held(context, PROMPTS), expected)
 
 
 @given(st.lists(st.integers(0, 2), max_size=9), st.lists(st.integers(0, 2), max_size=9))
@@ -179,16 +217,3 @@ def test_the_common_prefix_ends_where_two_prompts_first_differ(a: list[int], b: 
     n = common_prefix(np.array(a, np.int32), np.array(b, np.int32))
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
-
-
-@given(st.lists(st.tuples(st.integers(16, 60), st.integers(1, 40)), max_size=12), st.integers(40, 200))
-def test_rows_are_packed_once_each_into_padded_groups_that_fit_a_decode_and_their_sequences(
-    places: list[tuple[int, int]], n_batch: int
-) -> None:
-    rows = [(i, start, np.zeros(n, np.int32)) for i, (start, n) in enumerate(places)]
-    groups = list(packed(rows, n_batch, 100))
-    assert sorted(sequence for group in groups for sequence, _, _ in group) == list(range(len(rows)))
-    for group in groups:
-        width = max(len(tokens) for _, _, tokens in group)
-        assert len(group) * width <= n_batch
-        assert max(start for _, start, _ in group) + width <= 100
