@@ -62,7 +62,7 @@ class State:
     elapsed_s: float = 0.0
     decode_s: float = 0.0
     eps: float = 0.0
-    curvature: float = 1.0  # running estimate of tr(H)
+    mean_square: float | None = None  # running mean of squared slopes
     lr_scale: float = 1.0  # halved where steps were found too long
     best_step: int = 0
     best_loss: float | None = None

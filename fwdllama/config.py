@@ -67,7 +67,7 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.08  # times slope over curvature: 1 would be best for one probe alone, with no other in the step
+    lr: PositiveFloat = 0.05  # of the step that would be best for one probe alone; the others of the step add to it
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
@@ -161,10 +161,10 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def layer_band(n_layers: int) -> tuple[int, int]:
-    """First and last of the layers that carry the slope once an answer's form is learned: from 0.3 to 0.6 of the depth.
+    """First and last of the layers that carry the slope once an answer's form is learned: the second third of the depth, less its end.
 
     >>> layer_band(30)
-    (9, 17)
+    (10, 16)
     """
-    first = round(0.3 * n_layers)
-    return first, max(first, round(0.6 * n_layers) - 1)
+    first = n_layers // 3
+    return first, max(first, round(0.57 * n_layers) - 1)

@@ -72,26 +72,6 @@ def evaluate(
         yield Probe(seed, group, plus, minus, bits)
 
 
-def curvature(probes: Sequence[Probe], losses: Losses, groups: Sequence[Sequence[int]], eps: float, sided: Sided) -> float:
-    """tr(H) of the batch's mean loss, in nats per squared unit of theta, from the even part of the probes' loss changes.
-
-        E[L(theta + eps z) - L(theta)] = eps^2/2 tr(H),    z of random signs
-
-    losses: unperturbed, of the batch's rows. NaN where no probe is finite.
-    """
-    changes = []
-    for probe in probes:
-        base = float(losses[list(groups[probe.group])].mean())
-        after = probe.loss_plus if sided == "one" else (probe.loss_plus + probe.loss_minus) / 2
-        if np.isfinite(after):
-            changes.append(after - base)
-    # The median would be sturdier, but the mean is what the formula says; a share of extreme values is cut from both ends.
-    ordered = np.sort(changes)
-    cut = len(ordered) // 20
-    kept = ordered[cut : len(ordered) - cut]
-    return float(2 * kept.mean() / eps**2) if len(kept) else float("nan")
-
-
 def centred_slopes(probes: Sequence[Probe], eps: float, sided: Sided) -> NDArray[np.float64]:
     """Projected gradients (n_probes,), not-finite ones as NaN; one-sided ones with their group's mean removed.
 

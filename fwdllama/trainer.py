@@ -19,7 +19,7 @@ from fwdllama.batches import RollingBatches, grouped
 from fwdllama.checkpoint import RunDirectory, State
 from fwdllama.config import TrainConfig
 from fwdllama.errors import EngineError
-from fwdllama.estimator import Probe, centred_slopes, curvature, evaluate
+from fwdllama.estimator import Probe, centred_slopes, evaluate
 from fwdllama.ledger import Entry
 from fwdllama.oracle import LossOracle
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
@@ -152,11 +152,9 @@ class Trainer:
             return False
         limited = clipped(slopes)
         usable = limited[np.isfinite(slopes)]
-        rms = float(np.sqrt(np.mean(np.square(usable)))) if len(usable) else 0.0
-        measured = curvature(probes, losses, groups, state.eps, config.estimator.sided)
-        running = StepState(state.curvature).updated(measured)
+        running = StepState(state.mean_square).updated(usable)
         lr = config.step.lr * state.lr_scale * (1 - (1 - config.step.final_lr) * fraction)
-        values = coefficients(limited, lr, running.curvature)
+        values = coefficients(limited, lr, running.mean_square or 0.0, config.estimator.examples_per_probe)
         update = combined([probe.bits for probe in probes], values, self.theta.size)
         factor = self._tested(update)
         values *= np.float32(factor)
@@ -168,7 +166,7 @@ class Trainer:
             state,
             step=state.step + 1,
             n_probes=state.n_probes + len(probes),
-            curvature=running.curvature,
+            mean_square=running.mean_square,
             lr_scale=_next_scale(state.lr_scale, factor, first=state.step == 0),
         )
         held_out = None
@@ -186,8 +184,7 @@ class Trainer:
             "n_probes_gate": wanted,
             "loss": float(losses[members].mean()),
             "held_out_loss": held_out,
-            "projected_gradient_rms": rms,
-            "curvature": measured if np.isfinite(measured) else None,
+            "projected_gradient_rms": float(np.sqrt(np.mean(np.square(usable)))) if len(usable) else 0.0,
             "accepted": factor > 0,
             "step_factor": factor,
             "lr": lr,

@@ -110,7 +110,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
         }
         initial = session.adapter(theta, {})
         with RunDirectory.create(run_path, config.model_dump_json(indent=2), facts, adapter_bytes(initial)) as run:
-            run.save(replace(run.state, eps=calibration.eps, curvature=calibration.curvature))
+            run.save(replace(run.state, eps=calibration.eps))
             return session.finish(run, theta, out, calibration)
 
 
@@ -196,6 +196,7 @@ class _Session:
 
     def calibrated(self, theta: np.ndarray[Any, np.dtype[np.float32]]) -> Calibration:
         groups = grouped(self._first_rows(), self.config.estimator.examples_per_probe, 0)
+        self.hooks.on_event("measuring slopes and rounding noise")
         found = calibrate(
             self.oracle, theta, groups, seed=self.config.seed, first_guess=EPS_GUESS, eps=self.config.estimator.eps
         )
