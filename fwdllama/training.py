@@ -6,6 +6,7 @@ Whatever can be refused is refused before the model is loaded, and nothing is wr
 from __future__ import annotations
 
 
+import hashlib
 import os
 import platform
 import resource
@@ -27,7 +28,7 @@ from fwdllama.config import TrainConfig, layer_band, read_config
 from fwdllama.encode import Encoder, model_template
 from fwdllama.engine import BASE_KEY
 from fwdllama.errors import ResourceError, RunError
-from fwdllama.llama.activation import activation_a, module_inputs
+from fwdllama.llama.activation import activation_a, cached_rows, module_inputs, store_rows
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
@@ -43,7 +44,7 @@ from gguf_tools.adapter import Adapter, adapter_bytes, read_adapter, write_adapt
 from gguf_tools.model import ModelInfo, file_sha256, read_model_info
 
 N_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
-ACTIVATION_EXAMPLES = 8  # the shortest of a sample: about 80 answer tokens, decoded in about a second
+ACTIVATION_EXAMPLES = 40  # any 40; the 8 shortest, about 80 answer tokens, gave a much worse A (LOG.md)
 FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
 CALIBRATION_UNITS = 2  # of the first batch
 EPS_GUESS = 0.008  # where the search for eps begins, with activation-informed A
@@ -300,11 +301,15 @@ def _opened(
             trunk = Trunk(parts, context_options, options, unit_size)
             resources.callback(trunk.close)
         if a is None and wanted.init == "activation":
-            hooks.on_event("choosing A from the inputs of the adapted modules")
-            short = sorted(sample, key=lambda e: e.n_tokens)[:ACTIVATION_EXAMPLES]
-            one = replace(context_options, n_ctx_seq=max(e.n_tokens for e in short) + 32)
-            inputs = module_inputs(model, one, short, [m.name for m in space.matrices], wanted.scope, trunk)
-            a = activation_a(inputs, space.rank)
+            fitting = [e for e in sample if e.n_tokens <= n_ctx][:ACTIVATION_EXAMPLES]
+            names = [m.name for m in space.matrices]
+            key = _activation_key(sha256, fitting, names, config)
+            a = cached_rows(default_cache_dir() / "activations" / f"{key}.npz", names)
+            if a is None:
+                hooks.on_event(f"choosing A from the inputs of the adapted modules in {len(fitting)} examples (once for this model and data)")
+                inputs = module_inputs(model, context_options, fitting, names, wanted.scope, trunk)
+                a = activation_a(inputs, space.rank)
+                store_rows(default_cache_dir() / "activations" / f"{key}.npz", a)
         space = replace(space, a=a)
         oracle = resources.enter_context(LlamaOracle(model, space, wanted.scope, context_options, trunk=trunk))
         hooks.on_event(
@@ -327,6 +332,12 @@ def _context_options(config: TrainConfig, n_ctx: int, n_seq: int) -> ContextOpti
         kv_type=engine.kv_type,
         flash=engine.flash,
     )
+
+
+def _activation_key(sha256: str, examples: list[Encoded], names: list[str], config: TrainConfig) -> str:
+    """Names everything that the activation-informed A follows from."""
+    parts = (sha256, [(e.prompt, e.invocation, e.target) for e in examples], names, config.space.rank, config.space.scope)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _fitting(lengths: list[int], most: int) -> int:

@@ -7,9 +7,13 @@ as whitening does, destroys it, because directions that hardly occur then cost a
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +25,8 @@ from fwdllama.llama.model import Model
 from fwdllama.llama.prompts import decode
 from fwdllama.llama.trunk import Trunk
 from fwdllama.types import Encoded, Scope
+
+log = logging.getLogger("fwdllama.llama")
 
 Inputs = Mapping[str, NDArray[np.float32]]  # weight name -> (n_tokens, n_in)
 MAX_TOKENS = 512  # per matrix: far more than a rank needs, and little memory on any model
@@ -118,3 +124,28 @@ def activation_a(inputs: Inputs, rank: int) -> dict[str, NDArray[np.float32]]:
             done[key] = principal_rows(values, rank)
         result[name] = done[key]
     return result
+
+
+def cached_rows(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float32]] | None:
+    """A as `store_rows` left it, or None where there is none for these names, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            rows = {name: held[name].astype(np.float32) for name in names}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        log.warning("%s is damaged and is made anew", path)
+        return None
+    return rows
+
+
+def store_rows(path: Path, rows: Mapping[str, NDArray[np.float32]]) -> None:
+    """Keep A for the next run on the same model and data; a cache that cannot be written is only slower."""
+    temporary = path.with_suffix(f".{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **dict(rows))
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,175 @@
+"""Other processes, where everything that loads a model happens: `fwdllama` commands, and functions of ours.
+
+Three reasons. The kernel counts what a process held before it became another program into its peak memory, so whoever starts one
+must be small. Idle threads of llama.cpp and of torch wait by spinning, and would slow each other down. And an engine that aborts
+costs one item, not all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from .measure import Bench, BenchError
+
+PROGRAM = "from fwdllama.cli.main import main; main()"
+LOG = "commands.log"  # in the work folder: every command and what it said
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command that ended well."""
+
+    command: str
+    stdout: str
+    wall_s: float
+    peak_bytes: int
+
+    @property
+    def json(self) -> Any:
+        """The object that it printed."""
+        return json.loads(self.stdout)
+
+
+class Command:
+    """A `fwdllama` command in a process of its own, which does not outlive the block it is used in."""
+
+    def __init__(self, bench: Bench, *words: object, piped: bool = False) -> None:
+        """`piped`: stderr is for reading from `process.stderr`; otherwise it goes to the log."""
+        arguments = [str(word) for word in words]
+        self.line = shlex.join(["fwdllama", *arguments])
+        self._log = bench.work / LOG
+        self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the block
+        with open(self._log, "a") as log:
+            log.write(f"$ {self.line}\n")
+            log.flush()
+            self._said_from = log.tell()
+            self.begun = time.monotonic()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=self._stdout,
+                stderr=subprocess.PIPE if piped else log,
+                text=True,
+            )
+
+    def killed_after(self, seconds: float) -> bool:
+        """Kill it `seconds` after its start, as a machine that loses power would; False where it was done before.
+
+        Raises:
+            BenchError: it failed.
+        """
+        try:
+            self.process.wait(max(0.0, self.begun + seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return True
+        self._check()
+        return False
+
+    def finished(self) -> Ran:
+        """Wait for its end.
+
+        Raises:
+            BenchError: it failed.
+        """
+        _, status, usage = os.wait4(self.process.pid, 0)
+        wall_s = time.monotonic() - self.begun
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        self._check()
+        self._stdout.seek(0)
+        peak = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+        return Ran(self.line, self._stdout.read(), wall_s, peak)
+
+    def _check(self) -> None:
+        if self.process.returncode != 0:
+            raise BenchError(f"`{self.line}` ended with {self.process.returncode}: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        with open(self._log, "rb") as log:
+            log.seek(self._said_from)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing."
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        self._stdout.close()
+
+
+def run(bench: Bench, *words: object) -> Ran:
+    """Run a `fwdllama` command to its end.
+
+    Raises:
+        BenchError: it failed.
+    """
+    with Command(bench, *words) as command:
+        return command.finished()
+
+
+def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """What a function of a module returns when it is called in a new process; it and its values travel by pickle.
+
+    Raises:
+        BenchError: it raised something, whose traceback is the message, or the process died.
+    """
+    context = get_context("spawn")  # not fork, which would copy whatever threads and locks there are here
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sending, function, args, kwargs), daemon=True)
+    process.start()
+    sending.close()
+    try:
+        try:
+            failed, value = receiving.recv()
+        except EOFError:
+            process.join()
+            raise BenchError(f"{function.__name__} died with exit code {process.exitcode} and without a result.") from None
+        process.join()
+    except BaseException:
+        process.kill()
+        process.join()
+        raise
+    finally:
+        receiving.close()
+    if failed:
+        raise BenchError(str(value))
+    result: R = value
+    return result
+
+
+def _call(sending: Connection, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    try:
+        value = function(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - it is raised again on the other side
+        sending.send((True, f"{error}\n{traceback.format_exc()}"))
+    else:
+        sending.send((False, value))
+
+
+def read_state(run_path: Path) -> dict[str, Any]:
+    """The state of a run that no process is in."""
+    state: dict[str, Any] = json.loads((run_path / "state.json").read_text())
+    return state
