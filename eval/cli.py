@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from fwdllama.errors import ResourceError, UsageError
 from fwdllama.types import Dataset
 

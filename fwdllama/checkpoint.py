@@ -140,7 +140,7 @@ class RunDirectory:
             raise
 
     def theta(self, initial: NDArray[np.float32], step: int | None = None) -> NDArray[np.float32]:
-        """theta after `step` steps (default: all), by replay from the nearest snapshot."""
+        """Theta after `step` steps (default: all), by replay from the nearest snapshot."""
         step = self.state.step if step is None else step
         entries = read_ledger(self.path / "ledger.bin", self.genesis)[:step]
         start, theta = self._snapshot(entries, initial)
@@ -249,11 +249,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
-    rows = []
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _read_state(path: Path) -> State:

@@ -26,8 +26,8 @@ class Section(BaseModel):
 class SpaceConfig(Section):
     """What is trained."""
 
-    modules: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up")
-    layers: tuple[int, int] | None = None  # first and last; None: the band of depth where the slope is (see `layer_band`)
+    modules: tuple[str, ...] = ("q", "k", "v", "o")
+    layers: tuple[int, int] | None = None  # first and last; None: see `layer_band`
     rank: Positive = 4
     alpha: PositiveFloat = 8.0
     train: Literal["b", "ab"] = "b"
@@ -67,7 +67,7 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.05  # of the step that would be best for one probe alone; the others of the step add to it
+    lr: PositiveFloat = 0.06  # of the step that would be best for one probe alone; the others of the step add to it
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
@@ -161,7 +161,9 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def layer_band(n_layers: int) -> tuple[int, int]:
-    """First and last of the layers that carry the slope once an answer's form is learned: the second third of the depth, less its end.
+    """First and last of the layers that are trained unless told otherwise: from a third of the depth to a little over half.
+
+    There a unit of curvature buys the most slope once an answer's form is learned (LOG.md).
 
     >>> layer_band(30)
     (10, 16)

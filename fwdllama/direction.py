@@ -27,13 +27,12 @@ def packed_bits(seed: int, n_params: int) -> Bits:
 
 
 def direction(seed: int, n_params: int) -> NDArray[np.float32]:
-    """z of `seed`, float32 (n_params,).
+    """Z of `seed`, float32 (n_params,).
 
     >>> direction(7, 8)
     array([ 1.,  1., -1.,  1.,  1., -1.,  1., -1.], dtype=float32)
     """
-    z = unpack(packed_bits(seed, n_params), n_params)
-    return z
+    return unpack(packed_bits(seed, n_params), n_params)
 
 
 def unpack(bits: Bits, n_params: int) -> NDArray[np.float32]:
@@ -42,11 +41,3 @@ def unpack(bits: Bits, n_params: int) -> NDArray[np.float32]:
     z *= np.float32(-2.0)
     z += np.float32(1.0)
     return z
-
-
-def add_scaled(target: NDArray[np.float32], scale: float, seed: int) -> None:
-    """target += scale * z(seed), in place and in float32.
-
-    The order of the two roundings is part of the wire contract: scale is rounded to float32 once, then added with its sign.
-    """
-    target += np.float32(scale) * direction(seed, target.size)

@@ -86,7 +86,7 @@ class Space:
             yield f"{m.name}.lora_b", theta[m.b_start : m.b_start + m.n_out * self.rank].reshape(m.n_out, self.rank)
 
     def tensors(self, theta: Theta) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """name -> (A (rank, n_in), B (n_out, rank)), what an adapter file holds."""
+        """Name -> (A (rank, n_in), B (n_out, rank)), what an adapter file holds."""
         trained = dict(self.views(theta))
         frozen = self.initial_a() if self.train == "b" else {}
         return {

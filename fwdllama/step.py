@@ -82,6 +82,6 @@ def combined(bits: Iterable[Bits], coefficients: Sequence[float] | NDArray[np.fl
 
 
 def replayed(theta: NDArray[np.float32], seeds: Sequence[int], coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
-    """theta after one step that is known by its seeds and coefficients."""
+    """Theta after one step that is known by its seeds and coefficients."""
     bits = (packed_bits(int(seed), theta.size) for seed in seeds)
     return theta - combined(bits, coefficients, theta.size)

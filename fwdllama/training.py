@@ -5,7 +5,6 @@ Whatever can be refused is refused before the model is loaded, and nothing is wr
 
 from __future__ import annotations
 
-
 import hashlib
 import os
 import platform
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fwdllama.batches import EncodedUnits, RollingBatches, groups_of, grouped, shuffled
+from fwdllama.batches import EncodedUnits, RollingBatches, grouped, groups_of, shuffled
 from fwdllama.calibration import Calibration, calibrate, measure
 from fwdllama.checkpoint import RunDirectory, State, check_unused, read_facts
 from fwdllama.config import TrainConfig, layer_band, read_config
@@ -306,7 +305,7 @@ def _opened(
             key = _activation_key(sha256, fitting, names, config)
             a = cached_rows(default_cache_dir() / "activations" / f"{key}.npz", names)
             if a is None:
-                hooks.on_event(f"choosing A from the inputs of the adapted modules in {len(fitting)} examples (once for this model and data)")
+                hooks.on_event(f"choosing A from what the adapted modules see in {len(fitting)} examples (kept for the next run)")
                 inputs = module_inputs(model, context_options, fitting, names, wanted.scope, trunk)
                 a = activation_a(inputs, space.rank)
                 store_rows(default_cache_dir() / "activations" / f"{key}.npz", a)

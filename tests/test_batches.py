@@ -144,6 +144,9 @@ def test_examples_are_made_into_tokens_once_when_they_are_first_drawn() -> None:
     }
     assert [e.id for e in units[0]] == ["4", "5"]
     assert sum(units.skipped.values()) == 2
+    limited = EncodedUnits(groups, encode, 10, "train.json", n_outputs=2)
+    assert limited[0] == ()
+    assert limited.skipped == {"answer longer than the 2 tokens that are predicted at once": 2}
 
 
 def test_neighbours_of_one_context_form_groups_of_limited_size() -> None:

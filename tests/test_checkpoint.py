@@ -49,6 +49,18 @@ def new_run(path: Path, n_steps: int = 0) -> RunDirectory:
     return run
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps, to be copied."""
+    path = tmp_path_factory.mktemp("saved") / "run"
+    new_run(path, 4).close()
+    return path
+
+
+def copy_of(saved: Path, path: Path) -> Path:
+    return Path(shutil.copytree(saved, path))
+
+
 def assert_at(path: Path, n_steps: int) -> None:
     """The run opens at `n_steps`, agrees with itself, and goes on as any other would."""
     with RunDirectory.open(path) as run:
@@ -80,32 +92,32 @@ def test_a_run_is_found_again_as_it_was_left(tmp_path: Path) -> None:
     assert_at(tmp_path / "deep" / "run", 3)
 
 
-def test_theta_after_any_step_is_the_ledgers_replay_with_and_without_a_snapshot(tmp_path: Path) -> None:
-    with new_run(tmp_path / "run", 4) as run:
+def test_theta_after_any_step_is_the_ledgers_replay_with_and_without_a_snapshot(saved: Path, tmp_path: Path) -> None:
+    with RunDirectory.open(copy_of(saved, tmp_path / "run")) as run:
         for _ in range(2):
             for step in range(5):
                 assert np.array_equal(run.theta(INITIAL, step), theta_after(step))
             (tmp_path / "run" / "snapshot.npz").unlink(missing_ok=True)
 
 
-def test_a_snapshot_of_the_same_ledger_saves_the_replay(tmp_path: Path) -> None:
-    with new_run(tmp_path / "run", 4) as run:
+def test_a_snapshot_of_the_same_ledger_saves_the_replay(saved: Path, tmp_path: Path) -> None:
+    with RunDirectory.open(copy_of(saved, tmp_path / "run")) as run:
         marked = {**np.load(tmp_path / "run" / "snapshot.npz")}
         np.savez(tmp_path / "run" / "snapshot.npz", **{**marked, "theta": marked["theta"] + np.float32(1)})
         assert np.array_equal(run.theta(INITIAL), theta_after(4) + np.float32(1))
 
 
 @pytest.mark.parametrize("change", [{"step": 3}, {"ledger": np.zeros(32, np.uint8)}, {"theta": np.ones(7, np.float32)}])
-def test_a_snapshot_of_anything_else_is_ignored(tmp_path: Path, change: dict[str, Any]) -> None:
-    with new_run(tmp_path / "run", 4) as run:
+def test_a_snapshot_of_anything_else_is_ignored(saved: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    with RunDirectory.open(copy_of(saved, tmp_path / "run")) as run:
         held = {**np.load(tmp_path / "run" / "snapshot.npz"), "theta": np.ones(40, np.float32)}
         np.savez(tmp_path / "run" / "snapshot.npz", **{**held, **change})
         assert np.array_equal(run.theta(INITIAL), theta_after(4))
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04", "cut", "flipped", "without theta"])
-def test_a_damaged_snapshot_is_ignored_because_it_only_saves_time(tmp_path: Path, content: bytes | str) -> None:
-    with new_run(tmp_path / "run", 4) as run:
+def test_a_damaged_snapshot_is_ignored_because_it_only_saves_time(saved: Path, tmp_path: Path, content: bytes | str) -> None:
+    with RunDirectory.open(copy_of(saved, tmp_path / "run")) as run:
         path = tmp_path / "run" / "snapshot.npz"
         whole = path.read_bytes()
         if content == "without theta":
@@ -156,9 +168,7 @@ def test_a_directory_with_something_in_it_is_not_made_a_run(tmp_path: Path) -> N
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").touch()
     for path, name in ((tmp_path / "run", "config.json|run.json"), (tmp_path / "notes", "mine.txt")):
-        with pytest.raises(
-            RunError, match=rf"is not empty \(({name})\): continue it with `fwdllama resume .*`, or choose"
-        ):
+        with pytest.raises(RunError, match=rf"is not empty \(({name})\): continue it with `fwdllama resume .*`, or choose"):
             new_run(path)
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file is a file; a run needs a folder of its own\.$"):
@@ -170,9 +180,7 @@ def test_a_directory_with_something_in_it_is_not_made_a_run(tmp_path: Path) -> N
 
 def test_what_is_no_run_directory_is_said_to_be_none(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(
-            RunError, match=r"is not a run directory: it has no run\.json\. Start one with `fwdllama train"
-        ):
+        with pytest.raises(RunError, match=r"is not a run directory: it has no run\.json\. Start one with `fwdllama train"):
             RunDirectory.open(path)
 
 
@@ -196,16 +204,16 @@ DAMAGE: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("name", "content"), [(name, content) for name, all_ in DAMAGE.items() for content in all_])
-def test_a_damaged_file_is_named_in_a_sentence(tmp_path: Path, name: str, content: bytes) -> None:
-    new_run(tmp_path / "run", 2).close()
+def test_a_damaged_file_is_named_in_a_sentence(saved: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    copy_of(saved, tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
     with pytest.raises(RunError, match=rf"{name}.*(damaged|does not contain|is not a ledger).*\.$"):
         RunDirectory.open(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["state.json", "ledger.bin"])
-def test_a_missing_file_is_named_in_a_sentence(tmp_path: Path, name: str) -> None:
-    new_run(tmp_path / "run", 2).close()
+def test_a_missing_file_is_named_in_a_sentence(saved: Path, tmp_path: Path, name: str) -> None:
+    copy_of(saved, tmp_path / "run")
     (tmp_path / "run" / name).unlink()
     with pytest.raises(RunError, match=name):
         RunDirectory.open(tmp_path / "run")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fwdllama import direction as module
-from fwdllama.direction import add_scaled, direction, packed_bits, unpack
+from fwdllama.direction import direction, packed_bits, unpack
 from tests.reference import signs
 
 SEEDS = st.integers(0, (1 << 64) - 1)

@@ -46,7 +46,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 folders = count()
 
 
-@settings(max_examples=15)
+@settings(max_examples=25)
 @given(st.sampled_from(list(METHODS)), st.lists(st.tuples(st.booleans(), st.integers(1, 90)), max_size=3))
 @example("aligned", [(False, 17)])
 @example("all three", [(True, 40), (True, 45)])

@@ -45,18 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     paragraphs = []
     for n, name in enumerate(NAMES):
-        context = (
-            f"Tree {n} in the garden is the {name}, planted by hand in the year {1900 + n}, and the {name} grows well."
-        )
+        context = f"Tree {n} in the garden is the {name}, planted by hand in the year {1900 + n}, and the {name} grows well."
         asked = {"Which tree is it?": name, "When was it planted?": str(1900 + n), f"How does the {name} grow?": "well"}
         questions = [
-            {"id": f"{n}-{i}", "question": q, "answers": [{"text": a, "answer_start": context.index(a)}]}
-            for i, (q, a) in enumerate(asked.items())
+            {"id": f"{n}-{i}", "question": q, "answers": [{"text": a, "answer_start": context.index(a)}]} for i, (q, a) in enumerate(asked.items())
         ]
         paragraphs.append({"context": context, "qas": questions})
-    (folder / "squad.json").write_text(
-        json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]})
-    )
+    (folder / "squad.json").write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
     return folder
 
 
@@ -193,9 +188,7 @@ def test_a_run_that_was_killed_is_resumed_to_the_bytes_of_the_unbroken_one(
     assert files.left() == unbroken["squad"][0].left()
 
 
-def test_a_finished_run_writes_its_adapter_again_and_goes_on_only_with_more_budget(
-    folder: Path, unbroken: dict[str, tuple[Files, Outcome]]
-) -> None:
+def test_a_finished_run_writes_its_adapter_again_and_goes_on_only_with_more_budget(folder: Path, unbroken: dict[str, tuple[Files, Outcome]]) -> None:
     files = Files(folder, "longer")
     shutil.copytree(unbroken["squad"][0].run, files.run)
     before = (files.run / "ledger.bin").read_bytes()
@@ -237,12 +230,11 @@ def test_a_run_of_another_model_data_or_configuration_is_refused(tmp_path: Path,
         refused(files, r"run belongs to another data: it was [0-9a-f]{64}, and is [0-9a-f]{64} now\.$")
     (tmp_path / "squad.json").write_text(data)
     settings = (files.run / "config.json").read_text()
-    for changes in ({"seed": 1}, {"space": {"rank": 8}}, {"space": {"layers": (0, 1)}}):
-        (files.run / "config.json").write_text(config().model_copy(update={}).model_dump_json())
+    for changes in ({"seed": 1}, {"space": {"rank": 8}}, {"space": {"layers": (0, 1)}}, {"step": {"final_lr": 1.0}}):
         altered = json.loads(settings)
         altered |= {k: {**altered[k], **v} if isinstance(v, dict) else v for k, v in changes.items()}
         (files.run / "config.json").write_text(json.dumps(altered))
-        refused(files, r"run belongs to another configuration: ")
+        refused(files, r"run belongs to another configuration\b.*\b(0|4|null|None)\b.*, and is .* now\.$")
     (files.run / "config.json").write_text(settings)
     assert resume(files.run, Hooks()).state.step == 4
 
@@ -280,7 +272,7 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tmp_path: Path, fol
     files = Files(tmp_path, "run", "pairs.jsonl", {"batch": {"units": 30, "per_unit": 1, "n_ctx": 256}})
     outcome = files.train()
     assert outcome.state.step == 4
-    assert sum(outcome.skipped.values()) == 3
+    assert sum(outcome.skipped.values()) == 2  # the 115 tokens of the other long answer are trained on
     assert any("prompt longer than the context of 256 tokens" in reason for reason in outcome.skipped)
     short = Files(tmp_path, "short", "pairs.jsonl", {"batch": {"n_ctx": 8}})
     with pytest.raises(DataError, match=r"pairs\.jsonl: none of its examples fits the context of 8 tokens\."):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fwdllama.formats import MISSING, size
 from rich.table import Table
 from rich.text import Text
+
+from fwdllama.formats import MISSING, size
 
 from .measure import Item
 from .record import Result

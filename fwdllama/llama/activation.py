@@ -144,7 +144,7 @@ def store_rows(path: Path, rows: Mapping[str, NDArray[np.float32]]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **dict(rows))
+        np.savez(temporary, allow_pickle=False, **dict(rows))
         os.replace(temporary, path)
     except OSError as error:
         log.warning("%s cannot be written: %s", path, error)

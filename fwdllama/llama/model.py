@@ -29,7 +29,7 @@ class ModelOptions:
 class Model:
     """Weights and vocabulary. Use as a context manager; contexts and adapters must be closed before it."""
 
-    def __init__(self, path: Path, options: ModelOptions = ModelOptions()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, path: Path, options: ModelOptions = ModelOptions()) -> None:
         self.info: ModelInfo = read_model_info(path)
         self.options = options
         lib = llama()

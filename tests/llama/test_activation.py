@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fwdllama.errors import EngineError
-from fwdllama.llama.activation import MAX_TOKENS, activation_a, module_inputs, principal_rows
+from fwdllama.llama.activation import (
+    MAX_TOKENS,
+    activation_a,
+    cached_rows,
+    module_inputs,
+    principal_rows,
+    store_rows,
+)
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.trunk import Trunk, cut
@@ -69,9 +76,7 @@ class Watched(TinyLlama):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_inputs_are_what_the_model_worked_out_by_hand_multiplies_where_the_adapter_is_on(
-    path: Path, model: Model, scope: Scope
-) -> None:
+def test_inputs_are_what_the_model_worked_out_by_hand_multiplies_where_the_adapter_is_on(path: Path, model: Model, scope: Scope) -> None:
     found = module_inputs(model, OPTIONS, EXAMPLES, names(0, 1), scope)
     by_hand: dict[str, list[NDArray[np.float64]]] = {name: [] for name in found}
     for e in EXAMPLES:
@@ -133,9 +138,7 @@ def by_svd(inputs: NDArray[np.float32], rank: int) -> NDArray[np.float64]:
 
 
 @given(st.integers(12, 60), st.integers(10, 90), st.integers(1, 8), st.integers(0, 1000))
-def test_principal_rows_are_the_leading_right_singular_vectors_of_the_centred_inputs(
-    n_tokens: int, n_in: int, rank: int, seed: int
-) -> None:
+def test_principal_rows_are_the_leading_right_singular_vectors_of_the_centred_inputs(n_tokens: int, n_in: int, rank: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     deviations = 2.0 ** -np.arange(n_in) + 1e-3  # well apart, so that the directions are
     rotation = np.linalg.qr(rng.standard_normal((n_in, n_in)))[0]
@@ -168,9 +171,7 @@ def spread(n_tokens: int, n_in: int, n_directions: int, seed: int) -> NDArray[np
     ],
     ids=["of two directions", "three tokens", "one token", "zeros", "the same token", "small numbers"],
 )
-def test_inputs_of_fewer_directions_than_the_rank_leave_rows_of_zeros(
-    inputs: NDArray[np.float32], n_directions: int
-) -> None:
+def test_inputs_of_fewer_directions_than_the_rank_leave_rows_of_zeros(inputs: NDArray[np.float32], n_directions: int) -> None:
     rows = principal_rows(inputs, 6)
     lengths = np.linalg.norm(rows, axis=1)
     assert lengths.tolist() == pytest.approx([1.0] * n_directions + [0.0] * (6 - n_directions), abs=1e-5)
@@ -184,3 +185,31 @@ def test_every_matrix_gets_the_rows_of_its_own_inputs() -> None:
     assert list(a) == list(inputs)
     for name, rows in a.items():
         assert np.array_equal(rows, principal_rows(inputs[name], 4)), name
+
+
+def test_kept_rows_are_found_again_to_the_bit_and_only_for_the_same_matrices(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.npz"
+    rows = {name: spread(4, 64, 9, i) for i, name in enumerate(names(0))}
+    assert cached_rows(path, names(0)) is None
+    store_rows(path, rows)
+    found = cached_rows(path, names(0))
+    assert found is not None
+    assert list(found) == names(0)
+    assert all(np.array_equal(found[name], rows[name]) for name in names(0))
+    assert [p.name for p in path.parent.iterdir()] == ["a.npz"]
+    assert cached_rows(path, names(0, 1)) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04", b"cut"])
+def test_kept_rows_that_are_damaged_are_made_anew_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
+    path = tmp_path / "a.npz"
+    store_rows(path, {weight(0, "attn_q"): spread(4, 64, 9, 1)})
+    path.write_bytes(path.read_bytes()[:700] if content == b"cut" else content)
+    assert cached_rows(path, [weight(0, "attn_q")]) is None
+    assert "a.npz is damaged and is made anew" in caplog.text
+
+
+def test_rows_that_cannot_be_kept_are_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    store_rows(tmp_path / "file" / "a.npz", {weight(0, "attn_q"): spread(4, 64, 9, 1)})
+    assert "a.npz cannot be written: " in caplog.text

@@ -1,0 +1,241 @@
+"""Forward-only training against back-propagation: wall clock until the same loss on the same questions.
+
+Both train the same numbers (B of the same matrices of the same Q8_0 base, from the same A, in the same scope) with as many threads
+on examples of the same file. Forward-only is a run that was made before, replayed step by step from its ledger: a loss at step n
+belongs to the time at which the run had finished step n, its own tests and held-out losses included. Back-propagation is AdamW in torch
+on the dequantised base, and the best of several learning rates counts. On either side what is not training takes no time: loading,
+and the questions' losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fwdllama.types import Encoded
+
+from .child import in_child
+from .measure import Bar, Bench, BenchError, Item, Measured
+from .runs import SHORT, trained
+
+LOSSES = (1.6, 1.45, 1.32, 1.2, 1.1)  # nats per answer token; the third is the bar's
+GOAL = 1.32
+RATES = (1e-3, 3e-3, 1e-2)
+SECONDS = 150.0  # for each rate
+BATCH = 8  # examples of a step of AdamW
+N_QUESTIONS, MAX_CONTEXT, SEED = 48, 700, 12  # contexts of fewer characters
+N_POOL = 1500  # examples to train on: more than back-propagation gets through
+SLICE = 16  # questions whose losses are computed at once, for memory
+
+Train = Literal["b", "ab"]
+Curve = list[tuple[float, float]]  # (seconds of training, loss), from the untrained model's on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What back-propagation gets: the run's model and first adapter, and examples in tokens."""
+
+    model: Path
+    initial: Path
+    n_threads: int
+    questions: list[Encoded]
+    pool: list[Encoded]
+
+
+def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Train]:
+    """The questions' mean loss after every step of a run until the lowest of LOSSES, and the job for the other side.
+
+    Raises:
+        BenchError: the run is of another scope than `answer`.
+    """
+    from fwdllama.checkpoint import genesis_of, read_facts, read_metrics
+    from fwdllama.config import layer_band, read_config
+    from fwdllama.encode import Encoder, model_template
+    from fwdllama.ledger import read_ledger, replay
+    from fwdllama.llama.context import ContextOptions
+    from fwdllama.llama.model import Model
+    from fwdllama.llama.oracle import LlamaOracle
+    from fwdllama.machine import CELLS, default_threads
+    from fwdllama.space import build_space
+    from fwdllama.tasks.load import load_dataset
+    from gguf_tools.adapter import read_adapter
+    from gguf_tools.model import read_model_info
+
+    facts, config = read_facts(run), read_config(run / "config.json")
+    wanted = config.space
+    if wanted.scope != "answer":
+        raise BenchError(f"{run} was trained with scope {wanted.scope}, but the race is for scope answer.")
+    path = Path(facts["files"]["model"])
+    info = read_model_info(path)
+    space = build_space(
+        {name: (shape[0], shape[1]) for name, (shape, _) in info.tensors.items() if len(shape) == 2},
+        info.n_layers,
+        modules=wanted.modules,
+        layers=wanted.layers or layer_band(info.n_layers),
+        rank=wanted.rank,
+        alpha=wanted.alpha,
+        train=wanted.train,
+        seed=config.seed,
+    )
+    space = replace(space, a={name: a for name, (a, _) in read_adapter(run / "initial.gguf").tensors.items()})
+    n_threads = config.engine.n_threads or default_threads()
+    n_ctx = int(facts["identity"]["context"])
+    with Model(path) as model:
+        encoder = Encoder(model, model_template(model, config.template, "squad"))
+        questions = drawn_questions(encoder, load_dataset(dev).examples, n_questions)
+        pool = _pool(encoder, load_dataset(Path(facts["files"]["data"])).examples, n_ctx, config.seed)
+        cells = -(-max(e.n_tokens for e in questions) // CELLS) * CELLS
+        options = ContextOptions(
+            cells, len(questions), max(64, len(questions)), n_threads=n_threads, kv_type=config.engine.kv_type, flash=config.engine.flash
+        )
+        with LlamaOracle(model, space, "answer", options) as oracle:
+            oracle.load(questions)
+            theta = space.initial_theta()
+            oracle.write(theta)
+            curve = [(0.0, float(oracle.losses().mean()))]
+            for entry, row in zip(read_ledger(run / "ledger.bin", genesis_of(facts)), read_metrics(run), strict=True):
+                theta = replay(theta, [entry])
+                oracle.write(theta)
+                curve.append((row["elapsed_s"], float(oracle.losses().mean())))
+                if curve[-1][1] <= min(LOSSES):
+                    break
+    return curve, Job(path, run / "initial.gguf", n_threads, questions, pool), wanted.train
+
+
+def drawn_questions(encoder: Any, examples: Sequence[Any], n: int) -> list[Encoded]:
+    """The first n, in an order drawn from SEED, of the questions about short contexts."""
+    from fwdllama.batches import shuffled
+
+    short = [e for e in examples if len(e.fields["context"]) < MAX_CONTEXT]
+    return [encoder.example(short[i]) for i in shuffled(SEED, 0, len(short))[:n]]
+
+
+def _pool(encoder: Any, examples: Sequence[Any], n_ctx: int, seed: int) -> list[Encoded]:
+    """Examples that the run could have seen too, in random order."""
+    from fwdllama.batches import shuffled
+
+    found = []
+    for i in shuffled(seed, 0, len(examples)):
+        example = encoder.example(examples[i])
+        if example.n_tokens <= n_ctx:
+            found.append(example)
+        if len(found) == N_POOL:
+            break
+    return found
+
+
+class _Reached(Exception):
+    """Nothing more to find out."""
+
+
+def adamw(job: Job, train: Train, rate: float, seconds: float) -> Curve:
+    """The questions' mean loss after every step of AdamW until the lowest of LOSSES or `seconds` of training."""
+    import torch
+
+    from gguf_tools.adapter import read_adapter
+
+    from .backprop import Example, Lora, TorchLlama, example_losses, prefill_batch, train_adamw
+
+    torch.set_num_threads(job.n_threads)
+    model = TorchLlama.from_gguf(job.model)
+    adapter = read_adapter(job.initial)
+    ranks = set(adapter.ranks.values())
+    scale = adapter.alpha / ranks.pop()
+    tensors = {name: (torch.tensor(a), torch.zeros(b.shape)) for name, (a, b) in adapter.tensors.items()}
+    lora = Lora(tensors, scale, train=train)
+
+    def example(e: Encoded) -> Example:
+        return Example(list(e.prompt), [*e.invocation, *e.target], len(e.invocation))
+
+    questions = [example(e) for e in job.questions]
+    slices = [questions[i : i + SLICE] for i in range(0, len(questions), SLICE)]
+    caches = [prefill_batch(model, [e.prompt for e in part]) for part in slices]
+
+    def loss() -> float:
+        with torch.no_grad():
+            found = [example_losses(model, lora, cache, part) for cache, part in zip(caches, slices, strict=True)]
+        return float(torch.cat(found).double().mean())
+
+    curve = [(0.0, loss())]
+
+    def on_step(step: int, elapsed_s: float, batch_loss: float) -> None:
+        curve.append((elapsed_s, loss()))
+        if curve[-1][1] <= min(LOSSES):
+            raise _Reached
+
+    with contextlib.suppress(_Reached):
+        train_adamw(model, lora, [example(e) for e in job.pool], rate, BATCH, seconds, on_step)
+    return curve
+
+
+def reached(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """When a curve is first at `loss` or below; None where it never is.
+
+    >>> reached([(0, 4.0), (5, 1.3), (9, 1.5)], 1.32)
+    5
+    """
+    return next((seconds for seconds, value in curve if value <= loss), None)
+
+
+def fastest(curves: Sequence[Curve], loss: float) -> float | None:
+    """The earliest time at which any of the curves is at `loss`."""
+    times = [seconds for curve in curves if (seconds := reached(curve, loss)) is not None]
+    return min(times, default=None)
+
+
+def figures_of(forward: Curve, same: dict[float, Curve], more: dict[float, Curve]) -> dict[str, Any]:
+    """The race's figures, from curves by learning rate: of the same trained numbers, and of A and B together."""
+    found: dict[str, Any] = {"forward_s": {}, "backprop_s": {}, "backprop_ab_s": {}, "ratios": {}}
+    for loss in LOSSES:
+        found["forward_s"][str(loss)] = mine = reached(forward, loss)
+        found["backprop_s"][str(loss)] = other = fastest(list(same.values()), loss)
+        found["backprop_ab_s"][str(loss)] = fastest(list(more.values()), loss)
+        found["ratios"][str(loss)] = mine / other if mine and other else None
+    goal = str(GOAL)
+    ours, with_a = found["forward_s"][goal], found["backprop_ab_s"][goal]
+    by_rate = {rate: seconds for rate, curve in same.items() if (seconds := reached(curve, GOAL)) is not None}
+    return {
+        "ratio": found["ratios"][goal],
+        "forward_goal_s": ours,
+        "backprop_goal_s": found["backprop_s"][goal],
+        "backprop_ab_goal_s": with_a,
+        "ratio_ab": ours / with_a if ours and with_a else None,
+        "best_rate": min(by_rate, key=lambda rate: by_rate[rate], default=None),
+        "forward_best_loss": min(loss for _, loss in forward),
+        "untrained_loss_llama": forward[0][1],  # the same model on the same questions: how well the two engines agree
+        "untrained_loss_torch": next(iter(same.values()))[0][1],
+        **found,
+        "forward_curve": forward,
+        "backprop_curves": {str(rate): curve for rate, curve in same.items()},
+        "backprop_ab_curves": {str(rate): curve for rate, curve in more.items()},
+    }
+
+
+def race(bench: Bench) -> Measured:
+    """Replay the run of 300 s, then train by back-propagation with every rate, B alone and A and B."""
+    made = trained(bench, SHORT)
+    forward, job, train = in_child(replayed_run, made.run, bench.dev_data, N_QUESTIONS)
+
+    def curves(kind: Train) -> dict[float, Curve]:
+        return {rate: in_child(adamw, job, kind, rate, bench.seconds(SECONDS)) for rate in RATES}
+
+    same = curves(train)
+    figures = figures_of(forward, same, same if train == "ab" else curves("ab"))
+    more = {"threads": job.n_threads, "questions": len(job.questions), "backprop_batch": BATCH, "run_commit": made.commit}
+    return Measured({**figures, **more}, "fwdllama bench backprop-race")
+
+
+ITEMS = (
+    Item(
+        "backprop-race",
+        f"time to loss {GOAL} on {N_QUESTIONS} unseen questions: forward-only over back-propagation (AdamW at its best rate)",
+        (Bar("ratio", "<=", 1.5),),
+        ("ratio", "forward_goal_s", "backprop_goal_s", "best_rate", "backprop_ab_goal_s", "forward_best_loss"),
+        ("data", "torch"),
+        30,
+        race,
+    ),
+)
