@@ -63,7 +63,7 @@ def digest(genesis: bytes, entries: Iterable[Entry]) -> bytes:
 
 
 def replay(theta: NDArray[np.float32], entries: Iterable[Entry]) -> NDArray[np.float32]:
-    """Theta after `entries`, bit for bit what training had; replay(replay(t, a), b) == replay(t, a + b)."""
+    """Theta after `entries`, bit for bit what training had: replaying a and then b is replaying a + b."""
     for entry in entries:
         theta = replayed(theta, entry.seeds.tolist(), entry.coefficients)
     return theta

@@ -1,90 +1,20 @@
-"""Putting a run together: files, model, space, calibration and trainer; the same way for a new run and a resumed one.
-
-Whatever can be refused is refused before the model is loaded, and nothing is written before training can begin.
-"""
+"""Starting and resuming runs. Nothing is written before training can begin."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from fwdllama.calibration import Calibration
+from fwdllama.checkpoint import RunDirectory, check_unused, read_facts
+from fwdllama.config import TrainConfig, read_config
+from fwdllama.errors import RunError
+from fwdllama.session import Hooks, Outcome, Source, opened
+from fwdllama.surroundings import check_writable, environment
+from gguf_tools.adapter import adapter_bytes, read_adapter
 
-from fwdllama.batches import EncodedUnits, RollingBatches, grouped, groups_of, shuffled
-from fwdllama.calibration import Calibration, calibrate, measure
-from fwdllama.checkpoint import RunDirectory, State, check_unused, read_facts
-from fwdllama.config import TrainConfig, layer_band, read_config
-from fwdllama.encode import Encoder, model_template
-from fwdllama.engine import BASE_KEY
-from fwdllama.errors import ResourceError, RunError
-from fwdllama.llama.activation import activation_a, cached_rows, module_inputs, store_rows
-from fwdllama.llama.context import ContextOptions
-from fwdllama.llama.model import Model, ModelOptions
-from fwdllama.llama.oracle import LlamaOracle
-from fwdllama.llama.trunk import Trunk, cut
-from fwdllama.machine import CELLS, check_memory, default_threads
-from fwdllama.models import default_cache_dir
-from fwdllama.space import Space, build_space
-from fwdllama.tasks import Kind
-from fwdllama.tasks.load import load_dataset, split_by_group
-from fwdllama.trainer import Clock, Progress, Trainer
-from fwdllama.types import Dataset, Encoded
-from gguf_tools.adapter import Adapter, adapter_bytes, read_adapter, write_adapter
-from gguf_tools.model import ModelInfo, file_sha256, read_model_info
-
-N_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
-ACTIVATION_EXAMPLES = 40  # any 40; the 8 shortest, about 80 answer tokens, gave a much worse A (LOG.md)
-FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
-CALIBRATION_UNITS = 2  # of the first batch
-EPS_GUESS = 0.008  # where the search for eps begins, with activation-informed A
-HELD_OUT_FRACTION = 0.1
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a run's examples come from: a file, and how it is read."""
-
-    path: Path
-    kind: Kind | None = None  # None: told from the content
-    labels: dict[str, str] | None = None
-    limit: int | None = None
-
-    def load(self) -> Dataset:
-        """Read it.
-
-        Raises:
-            DataError: it cannot be used.
-        """
-        return load_dataset(self.path, kind=self.kind or "auto", labels=self.labels, limit=self.limit)
-
-
-@dataclass
-class Hooks:
-    """What a caller wants to hear of and may do while a run goes on."""
-
-    on_event: Callable[[str], None] = lambda text: None  # one line about set-up
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    stop: Callable[[], bool] = lambda: False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run left behind: its last state, what was skipped, and where the adapter was written (None: interrupted)."""
-
-    state: State
-    skipped: dict[str, int]
-    adapter: Path | None
-    calibration: Calibration | None
+__all__ = ["Hooks", "Outcome", "Source", "measure_noise", "resume", "train"]
 
 
 def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path, out: Path, hooks: Hooks) -> Outcome:
@@ -97,7 +27,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
     check_writable(out.parent)
     check_writable(run_path)
     check_unused(run_path)
-    with _opened(config, model_path, source, hooks) as session:
+    with opened(config, model_path, source, hooks) as session:
         theta = session.space.initial_theta()
         session.load_first_batch()
         calibration = session.calibrated(theta)
@@ -132,7 +62,7 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
             run.extend(config.model_dump_json(indent=2))
         held = read_adapter(run_path / "initial.gguf")
         a = {name: pair[0] for name, pair in held.tensors.items()}
-        with _opened(config, Path(files["model"]), source, hooks, a=a) as session:
+        with opened(config, Path(files["model"]), source, hooks, a=a) as session:
             for key, value in session.identity().items():
                 if value != facts["identity"].get(key):
                     raise RunError(f"{run_path} belongs to another {key}: it was {facts['identity'].get(key)}, and is {value} now.")
@@ -148,251 +78,8 @@ def measure_noise(config: TrainConfig, model_path: Path, source: Source, hooks: 
         FwdllamaError: anything else that a user can mend.
         FileError: the model's file is unfit.
     """
-    with _opened(config, model_path, source, hooks) as session:
+    with opened(config, model_path, source, hooks) as session:
         session.load_first_batch()
         return session.timed(session.space.initial_theta())
 
 
-@dataclass
-class _Session:
-    """Everything that is open while a run goes on."""
-
-    config: TrainConfig
-    info: ModelInfo  # of the whole model
-    model: Model  # the whole, or its top
-    model_path: Path
-    sha256: str
-    oracle: LlamaOracle
-    space: Space
-    batches: RollingBatches
-    units: EncodedUnits
-    held_out: list[Encoded | None]
-    invocation: tuple[int, ...]
-    hooks: Hooks
-    data_sha256: str
-    left_out: dict[str, int]  # while the data was read
-
-    def identity(self) -> dict[str, Any]:
-        """What makes this run this run; resuming checks it, the ledger's genesis hashes it."""
-        settings = self.config.model_dump(mode="json")
-        settings.pop("budget")
-        settings.pop("engine")
-        return {
-            "base model": self.sha256,
-            "data": self.data_sha256,
-            "configuration": settings,
-            "context": self.units.n_ctx,
-            "n_params": self.space.n_params,
-        }
-
-    def load_first_batch(self) -> None:
-        """Load as much of the first batch as calibration needs, so that the first probe need not wait for all of it."""
-        self.oracle.load(self._first_rows())
-
-    def _first_rows(self) -> list[Encoded | None]:
-        rows, _ = self.batches.batch(0)
-        first = [row if i % self.batches.n_slots < CALIBRATION_UNITS else None for i, row in enumerate(rows)]
-        return [*[None] * len(self.held_out), *first]
-
-    def calibrated(self, theta: np.ndarray[Any, np.dtype[np.float32]]) -> Calibration:
-        groups = grouped(self._first_rows(), self.config.estimator.examples_per_probe, 0)
-        self.hooks.on_event("measuring slopes and rounding noise")
-        found = calibrate(
-            self.oracle, theta, groups, seed=self.config.seed, first_guess=EPS_GUESS, eps=self.config.estimator.eps
-        )
-        self.hooks.on_event(
-            f"eps {found.eps:.2g}: a probe changes the loss by {found.slope_rms * found.eps:.2g} nats, rounding by {found.noise:.1g}"
-        )
-        return found
-
-    def timed(self, theta: np.ndarray[Any, np.dtype[np.float32]]) -> Calibration:
-        """The calibration, with the speed of probes."""
-        found = self.calibrated(theta)
-        groups = grouped(self._first_rows(), self.config.estimator.examples_per_probe, 0)
-        began = time.perf_counter()
-        measure(self.oracle, theta, groups, found.eps, self.config.seed, 16)
-        return replace(found, probes_per_s=3 * 16 / (time.perf_counter() - began))  # three points each
-
-    def adapter(self, theta: np.ndarray[Any, np.dtype[np.float32]], metadata: dict[str, str]) -> Adapter:
-        scope = self.config.space.scope
-        return Adapter(
-            architecture=self.info.architecture,
-            alpha=self.space.alpha,
-            tensors=self.space.tensors(theta),
-            scope=scope,
-            invocation_tokens=self.invocation if scope == "answer" else (),
-            metadata={
-                BASE_KEY: self.sha256,
-                "fwdllama.base.name": self.info.name,
-                "fwdllama.template": self.config.template,
-                **metadata,
-            },
-        )
-
-    def finish(
-        self, run: RunDirectory, theta: np.ndarray[Any, np.dtype[np.float32]], out: Path, calibration: Calibration | None
-    ) -> Outcome:
-        """Train, then write the adapter of the best held-out loss."""
-        clock = Clock(
-            decode_s=lambda: self.oracle.decode_s,
-            n_tokens=lambda: self.oracle.n_decoded,
-            peak_memory_bytes=peak_memory_bytes,
-        )
-        trainer = Trainer(
-            self.config, self.oracle, self.batches, self.held_out, run, theta, clock, self.hooks.on_progress, self.hooks.stop
-        )
-        state = trainer.run()
-        skipped = {**self.left_out, **self.units.skipped}
-        if state.finished is None:
-            return Outcome(state, skipped, None, calibration)
-        best = state.best_step if self.held_out else state.step
-        theta = run.theta(self.space.initial_theta(), best)
-        final = self.adapter(theta, {"fwdllama.run.ledger": run.ledger.last.hex(), "fwdllama.run.step": str(best)})
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_adapter(out, final)
-        return Outcome(state, skipped, out, calibration)
-
-
-@contextmanager
-def _opened(
-    config: TrainConfig, model_path: Path, source: Source, hooks: Hooks, a: dict[str, Any] | None = None
-) -> Iterator[_Session]:
-    info = read_model_info(model_path)
-    wanted = config.space
-    band = wanted.layers or layer_band(info.n_layers)
-    shapes = {name: (shape[0], shape[1]) for name, (shape, _) in info.tensors.items() if len(shape) == 2}
-    space = build_space(
-        shapes,
-        info.n_layers,
-        modules=wanted.modules,
-        layers=band,
-        rank=wanted.rank,
-        alpha=wanted.alpha,
-        train=wanted.train,
-        seed=config.seed,
-    )
-    dataset = source.load()
-    train_set, watched = split_by_group(dataset, _held_out_share(config, dataset), config.seed)
-    engine = config.engine
-    with ExitStack() as resources:
-        options = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
-        check_memory(info, _context_options(config, CELLS, 1), doubled=engine.mmap and engine.repack)
-        sha256 = file_sha256(model_path, default_cache_dir())
-        parts = cut(model_path, sha256, space.first_layer, default_cache_dir()) if engine.trunk else None
-        model = resources.enter_context(Model(parts.top if parts else model_path, options))
-        encoder = Encoder(model, model_template(model, config.template, dataset.kind))
-        size = config.batch.per_unit
-        groups, watched_groups = groups_of(train_set.examples, size), groups_of(watched.examples, size)
-        unit_size = max(len(group) for group in (*groups, *watched_groups))
-        sample = [encoder.example(groups[i][0]) for i in shuffled(config.seed, 0, len(groups))[:64]]
-        n_ctx = config.batch.n_ctx or _fitting([e.n_tokens for e in sample], info.context_length)
-        units = EncodedUnits(groups, encoder.example, n_ctx, str(source.path))
-        n_rows = config.batch.units * size
-        batches = RollingBatches(
-            units, unit_size=unit_size, n_slots=max(1, n_rows // unit_size), fresh=max(1, config.batch.fresh * size // unit_size), seed=config.seed
-        )
-        held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path)), config)
-        n_seq = len(held_out) + batches.n_slots * unit_size
-        context_options = _context_options(config, n_ctx, n_seq)
-        check_memory(info, context_options, loaded=True)
-        trunk = None
-        if parts:
-            trunk = Trunk(parts, context_options, options, unit_size)
-            resources.callback(trunk.close)
-        if a is None and wanted.init == "activation":
-            fitting = [e for e in sample if e.n_tokens <= n_ctx][:ACTIVATION_EXAMPLES]
-            names = [m.name for m in space.matrices]
-            key = _activation_key(sha256, fitting, names, config)
-            a = cached_rows(default_cache_dir() / "activations" / f"{key}.npz", names)
-            if a is None:
-                hooks.on_event(f"choosing A from what the adapted modules see in {len(fitting)} examples (kept for the next run)")
-                inputs = module_inputs(model, context_options, fitting, names, wanted.scope, trunk)
-                a = activation_a(inputs, space.rank)
-                store_rows(default_cache_dir() / "activations" / f"{key}.npz", a)
-        space = replace(space, a=a)
-        oracle = resources.enter_context(LlamaOracle(model, space, wanted.scope, context_options, trunk=trunk))
-        hooks.on_event(
-            f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {band[0]}-{band[1]}, "
-            f"rewritten by {oracle.adapter.writing}"
-        )
-        yield _Session(
-            config, info, model, model_path, sha256, oracle, space, batches, units, held_out, encoder.invocation, hooks, file_sha256(source.path), dict(dataset.skipped)
-        )
-
-
-def _context_options(config: TrainConfig, n_ctx: int, n_seq: int) -> ContextOptions:
-    engine = config.engine
-    return ContextOptions(
-        n_ctx_seq=n_ctx,
-        n_seq=n_seq,
-        n_outputs=max(N_OUTPUTS, n_seq),
-        n_batch=max(engine.n_batch, n_seq),
-        n_threads=engine.n_threads or default_threads(),
-        kv_type=engine.kv_type,
-        flash=engine.flash,
-    )
-
-
-def _activation_key(sha256: str, examples: list[Encoded], names: list[str], config: TrainConfig) -> str:
-    """Names everything that the activation-informed A follows from."""
-    parts = (sha256, [(e.prompt, e.invocation, e.target) for e in examples], names, config.space.rank, config.space.scope)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _fitting(lengths: list[int], most: int) -> int:
-    """The smallest multiple of llama.cpp's cell granularity that FIT of the examples fit."""
-    wanted = sorted(lengths)[int(FIT * (len(lengths) - 1))]
-    return min(most, -(-wanted // CELLS) * CELLS)
-
-
-def _held_out_share(config: TrainConfig, dataset: Dataset) -> float:
-    """Enough for the watched examples, and never more than a tenth of the data."""
-    return min(HELD_OUT_FRACTION, 4 * config.batch.held_out / max(1, len(dataset.examples)))
-
-
-def _held_out_rows(units: EncodedUnits, config: TrainConfig) -> list[Encoded | None]:
-    """Rows of watched examples, whole units, from as many paragraphs as possible."""
-    rows: list[Encoded | None] = []
-    n = 0
-    for index in shuffled(config.seed, 1, len(units)):
-        unit = units[int(index)]
-        if unit and n < config.batch.held_out:
-            rows += [replace(example, unit=-1000 - int(index)) for example in unit]
-            n += len(unit)
-    return rows
-
-
-def check_writable(folder: Path) -> None:
-    """Find out before training whether its result can be written.
-
-    Raises:
-        ResourceError: the folder or its nearest existing parent is not writable, or its disk is full.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ResourceError(f"{folder} cannot be written: {existing} is not a writable folder.")
-    room = os.statvfs(existing)
-    if room.f_bavail * room.f_frsize < 32 << 20:
-        raise ResourceError(f"{folder} has {room.f_bavail * room.f_frsize >> 20} MB of disk left, but a run needs at least 32 MB.")
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def environment() -> dict[str, Any]:
-    """What the run ran on, for reports."""
-    return {
-        "fwdllama": version("fwdllama"),
-        "llama-cpp-python": version("llama-cpp-python"),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": default_threads(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }

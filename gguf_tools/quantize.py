@@ -17,8 +17,8 @@ from gguf import LlamaFileType
 
 from gguf_tools.adapter import replacing
 from gguf_tools.errors import FileError
+from gguf_tools.header import MODEL_LIMITS, Array, mapped, parse_header
 from gguf_tools.model import ModelInfo, read_model_info
-from gguf_tools.validate import MODEL_LIMITS, Array, mapped, parse_header
 
 # What llama.cpp makes without an importance matrix, by the name that people use.
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",

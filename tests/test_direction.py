@@ -66,15 +66,5 @@ def test_a_seed_that_is_no_unsigned_64_bit_number_is_refused(seed: int) -> None:
         direction(seed, 8)
 
 
-@given(SEEDS, st.floats(-1e3, 1e3), st.integers(1, 200))
-def test_add_scaled_rounds_the_scale_once_and_then_each_sum_once(seed: int, scale: float, n_params: int) -> None:
-    target = np.linspace(-1, 1, n_params, dtype=np.float32)
-    expected = [
-        np.float32(t + np.float32(scale) * np.float32(s)) for t, s in zip(target, signs(seed, n_params), strict=True)
-    ]
-    add_scaled(target, scale, seed)
-    assert target.tolist() == expected
-
-
 def test_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(module).failed == 0

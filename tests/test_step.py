@@ -1,4 +1,4 @@
-"""Steps are clipped, free of the loss's scale, and linear in the directions bit for bit."""
+"""Steps are clipped, free of the unit of theta, and linear in the directions bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_an_outlier_is_pulled_in_and_the_others_stay_as_they_are() -> None:
 def test_a_slope_that_is_nan_drops_out_of_the_step() -> None:
     slopes = clipped(np.array([1.0, math.nan, 2.0, 3.0]))
     assert slopes.tolist() == [1.0, 0.0, 2.0, 3.0]
-    assert coefficients(slopes, 3, 0.1, 1.0)[1] == 0.0
+    assert coefficients(slopes, 0.1, 1.0, 1)[1] == 0.0
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf])
@@ -46,34 +46,34 @@ def test_a_slope_that_is_infinite_drops_out_of_the_step(bad: float) -> None:
 def test_slopes_that_are_all_nan_give_a_step_of_nothing() -> None:
     slopes = clipped(np.full(3, math.nan))
     assert slopes.tolist() == [0.0, 0.0, 0.0]
-    assert coefficients(slopes, 0, 0.1, 1.0).tolist() == [0.0, 0.0, 0.0]
+    assert coefficients(slopes, 0.1, 1.0, 1).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_coefficients_are_lr_times_slope_over_n_and_rms() -> None:
-    result = coefficients(np.array([4.0, -2.0, 0.0]), n_usable=2, lr=0.5, mean_square=16.0)
+def test_coefficients_are_lr_times_slope_over_the_trace_that_squared_slopes_and_group_size_tell() -> None:
+    result = coefficients(np.array([4.0, -2.0, 0.0]), lr=0.5, mean_square=4.0, examples_per_probe=2)
     assert result.dtype == np.float32
     assert result.tolist() == [0.25, -0.125, 0.0]
 
 
 @given(st.lists(st.integers(-99, 99), min_size=1, max_size=9), st.sampled_from([2.0**-20, 2.0**13]))
-def test_a_loss_on_another_scale_takes_the_same_step(slopes: list[int], scale: float) -> None:
+def test_theta_in_other_units_takes_the_same_step(slopes: list[int], unit: float) -> None:
+    """If theta is measured in units `unit` times as large, slopes are `unit` times as large and steps that many times smaller."""
     plain = np.array(slopes, np.float64)
-    scaled = plain * scale
-    assert np.array_equal(
-        coefficients(plain, len(slopes), 0.1, StepState().updated(plain).mean_square or 0.0),
-        coefficients(scaled, len(slopes), 0.1, StepState().updated(scaled).mean_square or 0.0),
-    )
+    scaled = plain * unit
+    a = coefficients(plain, 0.1, StepState().updated(plain).mean_square or 0.0, 1)
+    b = coefficients(scaled, 0.1, StepState().updated(scaled).mean_square or 0.0, 1)
+    assert np.array_equal(a, b * np.float32(unit))
 
 
 def test_slopes_that_are_all_zero_give_a_step_of_nothing() -> None:
-    assert coefficients(np.zeros(3), 3, 0.1, 0.0).tolist() == [0.0, 0.0, 0.0]
+    assert coefficients(np.zeros(3), 0.1, 0.0, 1).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_the_first_step_is_normalised_by_its_own_slopes_and_later_ones_by_a_running_mean() -> None:
     first = StepState().updated(np.array([1.0, 3.0]))
     assert first.mean_square == 5.0
     assert first.updated(np.array([2.0]), decay=0.75).mean_square == 0.75 * 5.0 + 0.25 * 4.0
-    assert first.updated(np.array([0.0])).mean_square == pytest.approx(4.5)
+    assert first.updated(np.array([0.0])).mean_square == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("state", [StepState(), StepState(5.0)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from fwdllama.checkpoint import RunDirectory, read_facts, read_metrics
 from fwdllama.config import TrainConfig, make_config, read_config
 from fwdllama.errors import DataError, ResourceError, RunError
 from fwdllama.ledger import read_ledger, replay
+from fwdllama.space import MODULES
 from fwdllama.trainer import Progress
 from fwdllama.training import Hooks, Outcome, Source, measure_noise, resume, train
 from gguf_tools.adapter import read_adapter
@@ -102,11 +102,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "squad": ("squad.json", {}),
     "all": ("squad.json", {"space": {"scope": "all"}}),
     "whole model": ("squad.json", {"engine": {"trunk": False}}),
-    "both halves": (
-        "squad.json",
-        {"space": {"train": "ab", "init": "random", "layers": (0, 2)}, "estimator": {"sided": "two"}},
-    ),
-    "gate": ("pairs.jsonl", {"pacing": {"kind": "variance", "max_rounds": 3}, "step": {"candidates": 2}}),
+    "both halves": ("squad.json", {"space": {"train": "ab", "init": "random", "layers": (0, 2)}}),
+    "two-sided": ("pairs.jsonl", {"estimator": {"sided": "two"}, "pacing": {"kind": "variance", "max_rounds": 3}}),
 }
 
 
@@ -138,7 +135,9 @@ def test_the_adapter_is_the_replay_of_the_ledger_to_the_best_step(unbroken: dict
     files, outcome = unbroken["squad"]
     entries = read_ledger(files.run / "ledger.bin")
     adapter, initial = read_adapter(files.out), read_adapter(files.run / "initial.gguf")
-    names = [f"blk.1.{module}.weight" for module in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up")]
+    layers = sorted({int(name.split(".")[1]) for name in adapter.tensors})
+    space = config(**files.changed).space
+    names = [f"blk.{layer}.{MODULES[module]}.weight" for layer in layers for module in space.modules]
     assert set(adapter.tensors) == set(names)
     n_params = sum(b.size for _, b in adapter.tensors.values())
     theta = replay(np.zeros(n_params, np.float32), entries[: outcome.state.best_step])
@@ -146,7 +145,7 @@ def test_the_adapter_is_the_replay_of_the_ledger_to_the_best_step(unbroken: dict
     for name, (a, b) in initial.tensors.items():
         assert np.array_equal(adapter.tensors[name][0], a)
         assert not b.any()
-        assert np.abs(a @ a.T - np.eye(4)).max() < 1e-5
+        assert np.abs(a @ a.T - np.eye(space.rank)).max() < 1e-5
 
 
 def test_trunk_and_top_learn_what_the_whole_model_does_to_the_bit(unbroken: dict[str, tuple[Files, Outcome]]) -> None:
@@ -156,7 +155,7 @@ def test_trunk_and_top_learn_what_the_whole_model_does_to_the_bit(unbroken: dict
 
 @pytest.mark.parametrize(
     ("method", "ends"),
-    [("squad", [5, 12]), ("pairs", [1, 9]), ("all", [20]), ("both halves", [14]), ("gate", [13, 21])],
+    [("squad", [5, 12]), ("pairs", [1, 9]), ("all", [20]), ("both halves", [14]), ("two-sided", [13, 21])],
 )
 def test_a_run_stopped_and_resumed_leaves_the_bytes_of_the_unbroken_one(
     unbroken: dict[str, tuple[Files, Outcome]], method: str, ends: list[int]
@@ -256,10 +255,9 @@ def test_what_can_be_refused_is_refused_before_the_model_is_loaded(tmp_path: Pat
         (ResourceError, r"file/run cannot be written", tmp_path / "file" / "run", tmp_path / "a.gguf"),
         (ResourceError, r"mine is a folder; give the adapter a file name", tmp_path / "run", tmp_path / "mine"),
     ]
-    for error, sentence, run, out in cases:
+    for error, sentence, run, out in cases:  # and not that there is no model
         with pytest.raises(error, match=sentence):
             train(config(), nothing, source, run, out, Hooks())
-    assert not (tmp_path / "run").exists()
 
 
 def test_examples_that_are_too_long_are_left_out_and_counted(tmp_path: Path, folder: Path) -> None:
@@ -298,9 +296,6 @@ def test_a_run_directory_tells_what_the_run_is(folder: Path, unbroken: dict[str,
     assert facts["files"]["model"] == str(folder / "model.gguf")
     assert outcome.calibration is not None
     assert facts["calibration"]["eps"] == outcome.calibration.eps == outcome.state.eps
-    assert facts["environment"]["cores"] == os.cpu_count()
     assert read_config(files.run / "config.json") == config()
-    events: list[str] = []
-    found = measure_noise(config(), folder / "model.gguf", Source(folder / "squad.json"), Hooks(on_event=events.append))
+    found = measure_noise(config(), folder / "model.gguf", Source(folder / "squad.json"), Hooks())
     assert found.eps == outcome.calibration.eps
-    assert any(event.startswith("eps ") for event in events)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -52,8 +52,7 @@ class Command:
 
     def __init__(self, bench: Bench, *words: object, piped: bool = False) -> None:
         """`piped`: stderr is for reading from `process.stderr`; otherwise it goes to the log."""
-        arguments = [str(word) for word in words]
-        self.line = shlex.join(["fwdllama", *arguments])
+        self.line = line_of(words)
         self._log = bench.work / LOG
         self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the block
         with open(self._log, "a") as log:
@@ -62,7 +61,7 @@ class Command:
             self._said_from = log.tell()
             self.begun = time.monotonic()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *arguments],
+                [sys.executable, "-c", PROGRAM, *map(str, words)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._stdout,
                 stderr=subprocess.PIPE if piped else log,
@@ -118,6 +117,11 @@ class Command:
         if self.process.stderr is not None:
             self.process.stderr.close()
         self._stdout.close()
+
+
+def line_of(words: Sequence[object]) -> str:
+    """A `fwdllama` command as one would type it."""
+    return shlex.join(["fwdllama", *map(str, words)])
 
 
 def run(bench: Bench, *words: object) -> Ran:

@@ -79,7 +79,7 @@ def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:
         work = out.with_suffix("")
         record = Record(out, this_machine())
         prepare_work(work)
-        bench = Bench(model, data_dir or default_data(os.environ), work.absolute(), seconds_scale)
+        bench = Bench(model, data_dir or default_data(os.environ), work, seconds_scale)
         typer.echo(f"{sum(item.minutes for item in chosen):.0f} minutes, if this machine has two cores", err=True)
         crashed = measure_all(chosen, bench, record)
         shown = sorted(record.results, key=lambda result: [*known, result["item"]].index(result["item"]))
@@ -130,7 +130,9 @@ def default_data(environ: Mapping[str, str]) -> Path | None:
 
     named = environ.get("FWDLLAMA_DATA")
     beside = ROOT.parent / "shared" / "data"
-    return Path(named) if named else beside if beside.is_dir() else None
+    if named:
+        return Path(named)
+    return Path(os.path.relpath(beside)) if beside.is_dir() else None  # relative, for the command lines in the results
 
 
 def measure_all(items: Sequence[Item], bench: Bench, record: Record) -> bool:

@@ -49,7 +49,8 @@ def timed_probes(answer: LlamaOracle, whole: LlamaOracle, n_examples: int, n_rou
     """Time probes (theta written, one example's loss asked) of both oracles in turns; both hold the same examples."""
     from fwdllama.direction import direction
 
-    oracles, seconds = (answer, whole), ([], [])  # type: tuple[LlamaOracle, LlamaOracle], tuple[list[float], list[float]]
+    oracles = (answer, whole)
+    seconds: tuple[list[float], list[float]] = ([], [])
     for oracle in oracles:
         oracle.losses([0])  # the first decode of each makes its graph
     tokens = [oracle.n_decoded for oracle in oracles]

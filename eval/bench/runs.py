@@ -14,7 +14,7 @@ from typing import Any
 
 from fwdllama.checkpoint import read_metrics, write_atomically
 
-from .child import read_state, run
+from .child import line_of, read_state, run
 from .measure import Bar, Bench, BenchError, Figures, Item, Measured, int4_of
 from .record import commit
 
@@ -52,7 +52,7 @@ def trained(bench: Bench, name: str, *, anew: bool = False) -> Trained:
     made = folder / MADE
     if not anew and made.exists():
         found = Trained(**json.loads(made.read_text()))
-        if found.command == words_of(words):
+        if found.command == line_of(words):
             return found
     bench.fresh(name)
     ran = run(bench, *words)
@@ -65,13 +65,6 @@ def train_words(bench: Bench, folder: Path, *more: object, model: str | None = N
     """The command that trains into `folder`."""
     files = ("--model", model or bench.model, "--data", bench.train_data, "--out", folder / "adapter.gguf", "--run", folder / "run")
     return ("train", *map(str, (*files, *more)), "--json")
-
-
-def words_of(words: tuple[str, ...]) -> str:
-    """The command line of `words`."""
-    import shlex
-
-    return shlex.join(["fwdllama", *words])
 
 
 def scores(bench: Bench, model: str, adapter: Path | None) -> dict[str, float]:
@@ -157,8 +150,8 @@ def demo(bench: Bench) -> Measured:
     return Measured(figures, ran.command)
 
 
-_SQUAD = ("f1", "exact_match", "loss", "base_f1", "base_exact_match", "base_loss", "held_out_loss", "steps", "probes", "decode_share")
 _F1, _EXACT = "f1", "exact_match"
+_SQUAD = (_F1, _EXACT, "loss", "base_f1", "base_exact_match", "base_loss", "held_out_loss", "steps", "probes", "decode_share")
 
 SQUAD_ITEMS = (
     Item(

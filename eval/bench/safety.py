@@ -43,7 +43,7 @@ def determinism(bench: Bench) -> Measured:
 
 
 def kill_moments(n: int, seed: int, span_s: float) -> list[float]:
-    """n moments in random order, one at random in each n-th part of `span_s`, so that every part of it is hit."""
+    """Moments in random order, one at random in each n-th part of `span_s`, so that every part of it is hit."""
     rng = random.Random(seed)
     moments = [(part + rng.random()) / n * span_s for part in range(n)]
     rng.shuffle(moments)

@@ -44,7 +44,7 @@ def check_output(path: Path) -> None:
     Raises:
         ResourceError: the path is a folder, or cannot be written.
     """
-    from fwdllama.training import check_writable
+    from fwdllama.surroundings import check_writable
 
     if path.is_dir():
         raise ResourceError(f"{path}: is a folder, but a file to write was expected.")
