@@ -36,9 +36,14 @@ class EncodedUnits:
     """Units of a data set, made into tokens on demand; counts the examples left out for their length."""
 
     def __init__(
-        self, groups: Sequence[Sequence[Example]], encode: Callable[[Example], Encoded], n_ctx: int, source: str
+        self,
+        groups: Sequence[Sequence[Example]],
+        encode: Callable[[Example], Encoded],
+        n_ctx: int,
+        source: str,
+        n_outputs: int | None = None,  # the most tokens of one example that are predicted at once; None: any number
     ) -> None:
-        self._groups, self._encode, self.n_ctx, self.source = groups, encode, n_ctx, source
+        self._groups, self._encode, self.n_ctx, self.source, self.n_outputs = groups, encode, n_ctx, source, n_outputs
         self._made: dict[int, tuple[Encoded, ...]] = {}
         self.skipped: Counter[str] = Counter()
 
@@ -47,12 +52,14 @@ class EncodedUnits:
         return len(self._groups)
 
     def __getitem__(self, index: int) -> tuple[Encoded, ...]:
-        """Unit `index`, without the examples that do not fit `n_ctx` tokens."""
+        """Unit `index`, without the examples that do not fit `n_ctx` tokens, or whose answers do not fit a decode."""
         if index not in self._made:
             kept = []
             for example in self._groups[index]:
                 encoded = self._encode(example)
-                if encoded.n_tokens <= self.n_ctx:
+                if self.n_outputs is not None and len(encoded.target) > self.n_outputs:
+                    self.skipped[f"answer longer than the {self.n_outputs} tokens that are predicted at once"] += 1
+                elif encoded.n_tokens <= self.n_ctx:
                     kept.append(encoded)
                 elif len(encoded.prompt) + len(encoded.invocation) > self.n_ctx:
                     self.skipped[f"prompt longer than the context of {self.n_ctx} tokens"] += 1

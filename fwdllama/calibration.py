@@ -82,7 +82,7 @@ def calibrate(
     Raises:
         NoiseError: the slope is below the noise.
     """
-    guess = first_guess if eps is None else eps
+    guess = first_guess
     noise = rms(measure(oracle, theta, groups, NOISE_EPS * first_guess, seed, n_probes)[0])
     for _ in range(4):
         odd, even = measure(oracle, theta, groups, guess, seed, n_probes)
@@ -90,8 +90,9 @@ def calibrate(
             guess /= 8
             continue
         slope = np.sqrt(max(rms(odd) ** 2 - noise**2, 0.0)) / guess
-        wanted = SNR * noise / slope if slope > 0 else 8 * guess
-        if eps is not None or guess / 2 <= wanted <= guess * 2:
+        # Where hardly anything is rounded, an eps below that gains nothing, and the search would not end.
+        wanted = max(SNR * noise / slope, first_guess / 64) if slope > 0 else 8 * guess
+        if guess / 2 <= wanted <= guess * 2:
             break
         guess = float(np.clip(wanted, guess / 8, guess * 8))
     else:
@@ -99,7 +100,10 @@ def calibrate(
             f"no eps was found at which a probe's slope stands above the model's rounding of {noise:.2g} nats; "
             "use a larger alpha or a less coarsely quantised base."
         )
-    chosen = guess if eps is not None else max(wanted, 1e-7)
+    chosen = wanted if eps is None else eps
+    if eps is not None and not np.isfinite(measure(oracle, theta, groups, eps, seed, n_probes)[0]).all():
+        raise NoiseError(f"eps {eps:.3g} is too large: the loss at such a distance is not a number. Leave --eps out to have it chosen.")
+    # A given eps is judged by the slope where it could be told from noise: measured far below, more noise looks like a slope.
     return checked(Calibration(float(chosen), noise, float(slope), max(2 * rms(even) / guess**2, 1e-12), float(slope * chosen / max(noise, 1e-12))))
 
 

@@ -15,9 +15,11 @@ state; that step is cut off and done again, with the same result.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fwdllama.errors import ResourceError, RunError
-from fwdllama.ledger import Entry, Ledger, digest, read_ledger, replay
+from fwdllama.ledger import HEADER_BYTES, Entry, Ledger, digest, read_ledger, replay
+
+_BEFORE_RUN_JSON = ("config.json", "initial.gguf", "ledger.bin", "state.json")  # written when a run is created, before run.json
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -100,6 +104,7 @@ class RunDirectory:
             raise ResourceError(f"{path} cannot be made a run directory: {error.strerror}.") from error
         lock = cls._locked(path)
         try:
+            (path / "ledger.bin").unlink(missing_ok=True)  # of a creation that was cut short
             facts = {**facts, "initial_adapter_sha256": hashlib.sha256(initial_adapter).hexdigest()}
             run_json = json.dumps(facts, indent=2, sort_keys=True).encode()
             genesis = genesis_of(facts)
@@ -109,6 +114,9 @@ class RunDirectory:
             state = State(ledger=genesis.hex())
             write_atomically(path / "state.json", json.dumps(asdict(state)).encode())
             write_atomically(path / "run.json", run_json)  # last: a directory without it was never started
+        except OSError as error:
+            lock.release()
+            raise ResourceError(f"{path} cannot be written: {error.strerror}. Nothing was started; make room and try again.") from error
         except BaseException:
             lock.release()
             raise
@@ -146,14 +154,21 @@ class RunDirectory:
         start, theta = self._snapshot(entries, initial)
         return replay(theta, entries[start:])
 
+    def last_update(self, n_params: int) -> NDArray[np.float32] | None:
+        """How far the last step moved theta, (n_params,); None before the first."""
+        entries = read_ledger(self.path / "ledger.bin", self.genesis)
+        return -replay(np.zeros(n_params, np.float32), entries[-1:]) if entries else None
+
     def _snapshot(self, entries: list[Entry], initial: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
-        path = self.path / "snapshot.npz"
-        if path.exists():
-            with np.load(path) as held:
+        try:
+            with open(self.path / "snapshot.npz", "rb") as file:  # np.load itself would leave a damaged file open
+                held = np.load(file)
                 step, theta, hashed = int(held["step"]), held["theta"], bytes(held["ledger"]).hex()
-            # A snapshot that does not belong to exactly these entries is ignored, not trusted.
-            if step <= len(entries) and theta.shape == initial.shape and digest(self.genesis, entries[:step]).hex() == hashed:
-                return step, theta.astype(np.float32)
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged: it only saves time
+            return 0, initial
+        # A snapshot that does not belong to exactly these entries is ignored, not trusted.
+        if step <= len(entries) and theta.shape == initial.shape and digest(self.genesis, entries[:step]).hex() == hashed:
+            return step, theta.astype(np.float32)
         return 0, initial
 
     def record(self, entry: Entry, theta: NDArray[np.float32], state: State, metrics: dict[str, Any], *, snapshot: bool) -> None:
@@ -163,7 +178,7 @@ class RunDirectory:
         self._guarded(lambda: _append(self.path / "metrics.jsonl", line))
         self.save(replace(state, step=entry.step + 1))
         if snapshot:
-            self._guarded(lambda: self._write_snapshot(theta))
+            self._write_snapshot(theta)
 
     def save(self, state: State) -> None:
         """Replace the state; its ledger hash is filled in."""
@@ -176,10 +191,9 @@ class RunDirectory:
         self.save(replace(self.state, finished=None))
 
     def _write_snapshot(self, theta: NDArray[np.float32]) -> None:
-        temporary = self.path / ".snapshot.npz"
-        hashed = np.frombuffer(self.ledger.last, np.uint8)
-        np.savez(temporary, step=self.state.step, theta=theta, ledger=hashed)
-        os.replace(temporary, self.path / "snapshot.npz")
+        stream = io.BytesIO()
+        np.savez(stream, step=self.state.step, theta=theta, ledger=np.frombuffer(self.ledger.last, np.uint8))
+        write_atomically(self.path / "snapshot.npz", stream.getvalue())
 
     def _guarded(self, write: Any) -> None:
         try:
@@ -212,11 +226,14 @@ def check_unused(path: Path) -> None:
     """Refuse a place that cannot become a run directory.
 
     Raises:
-        RunError: there is something in it.
+        RunError: there is something in it, other than what a creation that was cut short leaves.
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; a run needs a folder of its own.")
     strangers = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock") if path.exists() else []
+    ledger = path / "ledger.bin"
+    if not (ledger.exists() and ledger.stat().st_size > HEADER_BYTES):  # with steps in it, it is somebody's work
+        strangers = [name for name in strangers if name not in _BEFORE_RUN_JSON]
     if strangers:
         raise RunError(f"{path} is not empty ({strangers[0]}): continue it with `fwdllama resume {path}`, or choose another.")
 
@@ -239,22 +256,37 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(file.read_text())
         genesis_of(facts)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} is damaged ({error}). Restore it from a copy.") from error
     return facts
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole rows of a run's metrics.jsonl; a torn last line is left out."""
+    """Whole rows of a run's metrics.jsonl; a torn last line is left out.
+
+    Raises:
+        RunError: damaged.
+    """
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        *lines, _ = file.read_bytes().split(b"\n")
+        rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        for number, row in enumerate(rows, start=1):
+            if type(row["step"]) is not int:
+                raise ValueError(f"line {number} is of step {row['step']!r}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{file} is damaged ({error}). Restore it from a copy, or remove it: only plots need it.") from error
+    return rows
 
 
 def _read_state(path: Path) -> State:
     try:
-        return State(**json.loads((path / "state.json").read_text()))
+        state = State(**json.loads((path / "state.json").read_text()))
+        if type(state.step) is not int or state.step < 0:
+            raise ValueError(f"its step is {state.step!r}")
+        return state
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path / 'state.json'} is damaged ({error}). Restore it from a copy.") from error
 

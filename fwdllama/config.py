@@ -156,7 +156,7 @@ def read_config(path: Path) -> TrainConfig:
 
     try:
         return make_config(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, not JSON
         raise UsageError(f"{path}: not a readable configuration ({error}).") from error
 
 

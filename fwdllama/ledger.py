@@ -30,7 +30,7 @@ from fwdllama.errors import ResourceError, RunError
 from fwdllama.step import replayed
 
 MAGIC = b"FWDLEDG1"
-_HEADER_BYTES = len(MAGIC) + 32
+HEADER_BYTES = len(MAGIC) + 32
 MAX_ENTRIES = 1 << 20  # a step of a million probes is damage, not work
 
 
@@ -88,7 +88,7 @@ class Ledger:
             file.write(MAGIC + genesis)
             file.flush()
             os.fsync(file.fileno())
-        return cls(path, 0, genesis, _HEADER_BYTES)
+        return cls(path, 0, genesis, HEADER_BYTES)
 
     @classmethod
     def open(cls, path: Path, genesis: bytes) -> Ledger:
@@ -104,12 +104,12 @@ class Ledger:
 
     def cut(self, entries: list[Entry]) -> None:
         """Keep only `entries`, which must be the ledger's own first ones: an unfinished step is done again."""
-        size = _HEADER_BYTES + sum(len(entry.payload()) + 32 for entry in entries)
+        size = HEADER_BYTES + sum(len(entry.payload()) + 32 for entry in entries)
         with open(self.path, "r+b") as file:
-            genesis = file.read(_HEADER_BYTES)[len(MAGIC) :]
+            genesis = file.read(HEADER_BYTES)[len(MAGIC) :]
             file.truncate(size)
             os.fsync(file.fileno())
-        self.n_steps, self.last = len(entries), digest(genesis, entries)
+        self.n_steps, self.last, self._size_bytes = len(entries), digest(genesis, entries), size
 
     def append(self, entry: Entry) -> None:
         """Add a step; on return it is on disk.
@@ -155,13 +155,13 @@ def _scan(path: Path, genesis: bytes | None) -> tuple[list[Entry], int, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: the ledger cannot be read ({error.strerror}).") from error
-    if len(data) < _HEADER_BYTES or not data.startswith(MAGIC):
+    if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
         raise RunError(f"{path} is not a ledger: it must begin with {MAGIC.decode()} and a hash.")
-    last = data[len(MAGIC) : _HEADER_BYTES]
+    last = data[len(MAGIC) : HEADER_BYTES]
     if genesis is not None and last != genesis:
         raise RunError(f"{path} belongs to another model or configuration: its genesis is {last.hex()[:12]}, not {genesis.hex()[:12]}.")
     entries: list[Entry] = []
-    end = _HEADER_BYTES
+    end = HEADER_BYTES
     for entry, stop in _frames(path, data):
         last = chained(last, entry.payload())
         if last != data[stop - 32 : stop]:
@@ -174,7 +174,7 @@ def _scan(path: Path, genesis: bytes | None) -> tuple[list[Entry], int, bytes]:
 
 
 def _frames(path: Path, data: bytes) -> Iterator[tuple[Entry, int]]:
-    at = _HEADER_BYTES
+    at = HEADER_BYTES
     while at + 12 <= len(data):
         step, n, checksum = struct.unpack_from("<III", data, at)
         if n > MAX_ENTRIES or checksum != zlib.crc32(data[at : at + 8]):

@@ -20,7 +20,7 @@ from fwdllama.calibration import Calibration, calibrate, measure
 from fwdllama.checkpoint import RunDirectory, State
 from fwdllama.config import TrainConfig, layer_band
 from fwdllama.encode import Encoder, model_template
-from fwdllama.engine import BASE_KEY
+from fwdllama.engine import BASE_KEY, EXACT_KV_TYPES
 from fwdllama.llama.activation import activation_a, cached_rows, module_inputs, store_rows
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
@@ -106,13 +106,10 @@ class Session:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run; resuming checks it, the ledger's genesis hashes it."""
-        settings = self.config.model_dump(mode="json")
-        settings.pop("budget")
-        settings.pop("engine")
         return {
             "base model": self.sha256,
             "data": self.data_sha256,
-            "configuration": settings,
+            "configuration": settings_of(self.config),
             "context": self.units.n_ctx,
             "n_params": self.space.n_params,
         }
@@ -213,7 +210,8 @@ def opened(
         options = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
         check_memory(info, _context_options(config, CELLS, 1), doubled=engine.mmap and engine.repack)
         sha256 = file_sha256(model_path, default_cache_dir())
-        parts = cut(model_path, sha256, space.first_layer, default_cache_dir()) if engine.trunk and config.estimator.objective == "nll" else None
+        cuttable = engine.trunk and config.estimator.objective == "nll"
+        parts = cut(model_path, sha256, space.first_layer, default_cache_dir()) if cuttable else None
         model = resources.enter_context(Model(parts.top if parts else model_path, options))
         encoder = Encoder(model, model_template(model, config.template, dataset.kind))
         size = config.batch.per_unit
@@ -221,7 +219,9 @@ def opened(
         unit_size = max(len(group) for group in (*groups, *watched_groups))
         sample = [encoder.example(groups[i][0]) for i in shuffled(config.seed, 0, len(groups))[:64]]
         n_ctx = config.batch.n_ctx or _fitting([e.n_tokens for e in sample], info.context_length)
-        units = EncodedUnits(groups, encoder.example, n_ctx, str(source.path))
+        n_outputs = max(N_OUTPUTS, *(len(e.target) for e in sample))
+        n_outputs = min(n_outputs, config.engine.n_batch - len(encoder.invocation))
+        units = EncodedUnits(groups, encoder.example, n_ctx, str(source.path), n_outputs)
         n_rows = config.batch.units * size
         batches = RollingBatches(
             units,
@@ -230,16 +230,17 @@ def opened(
             fresh=max(1, config.batch.fresh * size // unit_size),
             seed=config.seed,
         )
-        held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path)), config)
+        held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path), n_outputs), config)
         n_seq = len(held_out) + batches.n_slots * unit_size
-        context_options = _context_options(config, n_ctx, n_seq)
+        context_options = _context_options(config, n_ctx, n_seq, n_outputs)
         check_memory(info, context_options, loaded=True)
         trunk = None
         if parts:
             trunk = Trunk(parts, context_options, options, unit_size)
             resources.callback(trunk.close)
         if a is None and wanted.init == "activation":
-            fitting = [e for e in sample if e.n_tokens <= n_ctx][:ACTIVATION_EXAMPLES]
+            fitting = [e for e in sample if e.n_tokens <= n_ctx] or [e for e in batches.batch(0)[0] if e is not None]
+            fitting = fitting[:ACTIVATION_EXAMPLES]
             names = [m.name for m in space.matrices]
             key = _activation_key(sha256, fitting, names, config)
             a = cached_rows(default_cache_dir() / "activations" / f"{key}.npz", names)
@@ -256,20 +257,39 @@ def opened(
             f"rewritten by {oracle.adapter.writing}"
         )
         yield Session(
-            config, info, model, model_path, sha256, oracle, space, batches, units, held_out, encoder.invocation, hooks, file_sha256(source.path), dict(dataset.skipped), losses
+            config=config,
+            info=info,
+            model=model,
+            model_path=model_path,
+            sha256=sha256,
+            oracle=oracle,
+            space=space,
+            batches=batches,
+            units=units,
+            held_out=held_out,
+            invocation=encoder.invocation,
+            hooks=hooks,
+            data_sha256=file_sha256(source.path),
+            left_out=dict(dataset.skipped),
+            losses=losses,
         )
 
 
-def _context_options(config: TrainConfig, n_ctx: int, n_seq: int) -> ContextOptions:
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """What of a configuration decides what is learned."""
+    return config.model_dump(mode="json", exclude={"budget", "engine"})
+
+
+def _context_options(config: TrainConfig, n_ctx: int, n_seq: int, n_outputs: int = N_OUTPUTS) -> ContextOptions:
     engine = config.engine
     return ContextOptions(
         n_ctx_seq=n_ctx,
         n_seq=n_seq,
-        n_outputs=max(N_OUTPUTS, n_seq),
+        n_outputs=max(n_outputs, n_seq),
         n_batch=max(engine.n_batch, n_seq),
         n_threads=engine.n_threads or default_threads(),
         kv_type=engine.kv_type,
-        flash=engine.flash,
+        flash=engine.flash or engine.kv_type not in EXACT_KV_TYPES,  # llama.cpp reads a quantised V only with it
     )
 
 

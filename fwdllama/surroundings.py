@@ -17,6 +17,17 @@ from fwdllama.errors import ResourceError
 from fwdllama.machine import default_threads
 
 
+def check_output(out: Path) -> None:
+    """Find out before training whether the adapter can be written.
+
+    Raises:
+        ResourceError: it cannot.
+    """
+    if out.is_dir():
+        raise ResourceError(f"{out} is a folder; give the adapter a file name.")
+    check_writable(out.parent)
+
+
 def check_writable(folder: Path) -> None:
     """Find out before training whether its result can be written.
 

@@ -74,6 +74,7 @@ class Trainer:
         """Train until a budget is used up, the held-out loss no longer falls, or `stop` says so; returns the last state."""
         self._begun = self.clock.now() - self.directory.state.elapsed_s
         self._decode_before = self.directory.state.decode_s - self.clock.decode_s()
+        self._update = self.directory.last_update(self.theta.size)  # the aligned sampler's seeds follow from it
         new_rows = self._load(self.state.step)
         if self.state.step == 0 and self.state.best_loss is None and self.held_out:
             self.oracle.write(self.theta)
@@ -127,7 +128,10 @@ class Trainer:
 
     def _held_out_loss(self) -> float:
         rows = [i for i, example in enumerate(self.held_out) if example is not None]
-        return float(self.oracle.losses(rows).mean())
+        loss = float(self.oracle.losses(rows).mean())
+        if not np.isfinite(loss):
+            raise EngineError(f"step {self.state.step}: the held-out loss is not a number; lower --lr or check the model.")
+        return loss
 
     def _pacing(self, n_groups: int) -> Pacing:
         pacing, rounds = self.config.pacing, self.config.estimator.rounds

@@ -10,9 +10,11 @@ from fwdllama.calibration import Calibration
 from fwdllama.checkpoint import RunDirectory, check_unused, read_facts
 from fwdllama.config import TrainConfig, read_config
 from fwdllama.errors import RunError
-from fwdllama.session import Hooks, Outcome, Source, opened
-from fwdllama.surroundings import check_writable, environment
+from fwdllama.models import default_cache_dir
+from fwdllama.session import Hooks, Outcome, Source, opened, settings_of
+from fwdllama.surroundings import check_output, check_writable, environment
 from gguf_tools.adapter import adapter_bytes, read_adapter
+from gguf_tools.model import file_sha256
 
 __all__ = ["Hooks", "Outcome", "Source", "measure_noise", "resume", "train"]
 
@@ -24,7 +26,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
         FwdllamaError: anything that a user can mend, in one sentence.
         FileError: the model's file is unfit.
     """
-    check_writable(out.parent)
+    check_output(out)
     check_writable(run_path)
     check_unused(run_path)
     with opened(config, model_path, source, hooks) as session:
@@ -56,7 +58,15 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
     files, how = facts["files"], facts["source"]
     source = Source(Path(files["data"]), how["kind"], how["labels"], how["limit"])
     target = out or Path(files["out"])
-    check_writable(target.parent)
+    check_output(target)
+    # Before anything is made of them: another model may not even have the tensors that the adapter is for.
+    now = {
+        "base model": file_sha256(files["model"], default_cache_dir()),
+        "data": file_sha256(files["data"]),
+        "configuration": settings_of(config),
+    }
+    for key, value in now.items():
+        _check_same(run_path, key, facts["identity"].get(key), value)
     with RunDirectory.open(run_path) as run:
         if budget:
             run.extend(config.model_dump_json(indent=2))
@@ -64,10 +74,22 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
         a = {name: pair[0] for name, pair in held.tensors.items()}
         with opened(config, Path(files["model"]), source, hooks, a=a) as session:
             for key, value in session.identity().items():
-                if value != facts["identity"].get(key):
-                    raise RunError(f"{run_path} belongs to another {key}: it was {facts['identity'].get(key)}, and is {value} now.")
+                _check_same(run_path, key, facts["identity"].get(key), value)
             theta = run.theta(session.space.initial_theta())
             return session.finish(run, theta, target, None)
+
+
+def _check_same(run_path: Path, name: str, was: Any, now: Any) -> None:
+    """Compare what a run recorded with what there is now.
+
+    Raises:
+        RunError: they differ; of a configuration the first choice that does is named.
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in (*was, *(key for key in now if key not in was)):
+            _check_same(run_path, f"{name} {key}", was.get(key), now.get(key))
+    elif was != now:
+        raise RunError(f"{run_path} belongs to another {name}: it was {was}, and is {now} now.")
 
 
 def measure_noise(config: TrainConfig, model_path: Path, source: Source, hooks: Hooks) -> Calibration:

@@ -171,6 +171,7 @@ def test_the_best_of_all_held_out_losses_is_kept_with_its_step(tmp_path: Path) -
     found[0] = float(oracle.losses().mean())
     assert state.best_loss == min(found.values())
     assert found[state.best_step] == state.best_loss
+    assert state.evaluations_since_best == sum(step > state.best_step for step in found)
 
 
 def test_without_held_out_examples_nothing_is_judged(tmp_path: Path) -> None:

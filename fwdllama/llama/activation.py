@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,9 +132,10 @@ def cached_rows(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float3
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with open(path, "rb") as file:  # np.load itself would leave a damaged file open
+            held = np.load(file)
             rows = {name: held[name].astype(np.float32) for name in names}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
         log.warning("%s is damaged and is made anew", path)
         return None
     return rows
@@ -148,4 +150,5 @@ def store_rows(path: Path, rows: Mapping[str, NDArray[np.float32]]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         log.warning("%s cannot be written: %s", path, error)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

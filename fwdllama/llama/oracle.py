@@ -52,16 +52,17 @@ def _n_behind(example: Encoded) -> int:
     return len(example.invocation) + len(example.target) - 1
 
 
-_Unit = list[tuple[int, tuple[int, ...]]]  # rows and their prompts
+_Unit = list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # rows, their prompts, and what else was computed in advance
 
 
-def _units(examples: Sequence[Encoded | None]) -> dict[int, _Unit]:
+def _units(examples: Sequence[Encoded | None], *, trunk: bool) -> dict[int, _Unit]:
     """Rows whose prompts are decoded together, by unit; an example without one is a unit of its own, numbered below zero by row."""
     units: dict[int, _Unit] = {}
     for row, example in enumerate(examples):
         if example is not None:
             key = example.unit if example.unit is not None else -1 - row
-            units.setdefault(key, []).append((row, example.prompt))
+            behind = example.invocation + example.target[:-1] if trunk else ()
+            units.setdefault(key, []).append((row, example.prompt, behind))
     return units
 
 
@@ -132,13 +133,13 @@ class LlamaOracle:
         before, self._units = self._units, {}  # a decode that fails leaves nothing that could pass for kept
         self._rows = [None if e is None else _row(e) for e in examples]
         self._prompts = [None if e is None else np.array(e.prompt, np.int32) for e in examples]
-        after = _units(examples)
+        after = _units(examples, trunk=self.trunk is not None)
         if self.scope == "answer":
             self.adapter.attach(self.context, False)
         kept = {key for key, members in after.items() if before.get(key) == members}
-        states = {row: self._states[row] for key in kept for row, _ in after[key] if row in self._states}
+        states = {row: self._states[row] for key in kept for row, *_ in after[key] if row in self._states}
         for key, members in after.items():
-            rows = [row for row, _ in members]
+            rows = [row for row, *_ in members]
             if key not in kept:
                 states.update(self._trunk_states(rows))
                 if self.scope == "answer":
