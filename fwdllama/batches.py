@@ -70,15 +70,22 @@ class EncodedUnits:
 
 
 def groups_of(examples: Sequence[Example], size: int) -> list[tuple[Example, ...]]:
-    """Neighbours that share all fields but the last one of their template (SQuAD: the context), at most `size` together."""
-    groups: list[list[Example]] = []
+    """Neighbours that share a context, in even parts of at most `size`; an example without a context is alone.
+
+    Even parts, because an orphan of a paragraph costs a whole prompt and leaves its slot's other rows empty.
+    """
+    whole: list[list[Example]] = []
     for example in examples:
         key = _key(example)
-        if groups and key is not None and len(groups[-1]) < size and _key(groups[-1][0]) == key:
-            groups[-1].append(example)
+        if whole and key is not None and _key(whole[-1][0]) == key:
+            whole[-1].append(example)
         else:
-            groups.append([example])
-    return [tuple(group) for group in groups]
+            whole.append([example])
+    parts: list[tuple[Example, ...]] = []
+    for group in whole:
+        n_parts = -(-len(group) // size)
+        parts += [tuple(group[i * len(group) // n_parts : (i + 1) * len(group) // n_parts]) for i in range(n_parts)]
+    return parts
 
 
 def _key(example: Example) -> Hashable | None:
@@ -149,11 +156,13 @@ def grouped(rows: Sequence[Encoded | None], size: int, shift: int) -> list[tuple
     """The rows that hold examples in groups of `size` neighbours, because the engine decodes neighbours at once.
 
     `shift` moves the borders, so that an example meets others in the next step; what remains at the ends forms smaller groups.
+    A size of all examples or more gives one group.
     """
+    held = [row for row, example in enumerate(rows) if example is not None]
+    if size >= len(held):
+        return [tuple(held)]
     groups: list[list[int]] = []
-    for row, example in enumerate(rows):
-        if example is None:
-            continue
+    for row in held:
         border = (row + shift) % size == 0
         if not groups or border or groups[-1][-1] != row - 1:
             groups.append([])

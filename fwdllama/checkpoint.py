@@ -90,7 +90,9 @@ class RunDirectory:
         return lock
 
     @classmethod
-    def create(cls, path: Path, config_json: str, facts: dict[str, Any], initial_adapter: bytes) -> RunDirectory:
+    def create(
+        cls, path: Path, config_json: str, facts: dict[str, Any], initial_adapter: bytes, *, eps: float = 0.0
+    ) -> RunDirectory:
         """Start a run in `path`, which must be new or empty.
 
         Raises:
@@ -111,7 +113,7 @@ class RunDirectory:
             write_atomically(path / "config.json", config_json.encode())
             write_atomically(path / "initial.gguf", initial_adapter)
             ledger = Ledger.create(path / "ledger.bin", genesis)
-            state = State(ledger=genesis.hex())
+            state = State(ledger=genesis.hex(), eps=eps)
             write_atomically(path / "state.json", json.dumps(asdict(state)).encode())
             write_atomically(path / "run.json", run_json)  # last: a directory without it was never started
         except OSError as error:

@@ -51,7 +51,7 @@ class EstimatorConfig(Section):
 
     examples_per_probe: Positive = 2  # a decode of 16 tokens costs what one of 10 does
     sided: Literal["one", "two"] = "one"
-    rounds: Positive = 12  # directions for each group of examples and step
+    rounds: Positive = 6  # directions for each group of examples and step
     eps: PositiveFloat | None = None  # None: calibrated
     objective: Literal["nll", "f1"] = "nll"
 
@@ -67,7 +67,7 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.06  # of the step that would be best for one probe alone; the others of the step add to it
+    lr: PositiveFloat = 0.05  # of the step that would be best for one probe alone; the others of the step add to it
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
@@ -76,9 +76,9 @@ class StepConfig(Section):
 class BatchConfig(Section):
     """Which examples are in memory."""
 
-    units: Positive = 10  # paragraphs (or single examples of ungrouped data) held at once
-    per_unit: Positive = 4  # questions of each
-    fresh: Positive = 2  # units replaced before each step
+    units: Positive = 8  # paragraphs (or single examples of ungrouped data) held at once
+    per_unit: Positive = 5  # questions of each
+    fresh: Positive = 3  # units replaced before each step
     n_ctx: Positive | None = None  # tokens of an example; None: from the data
     held_out: Positive = 32  # examples of the evaluation data whose loss is watched
     evaluate_every: Positive = 4  # steps

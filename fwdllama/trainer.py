@@ -75,7 +75,7 @@ class Trainer:
         self._begun = self.clock.now() - self.directory.state.elapsed_s
         self._decode_before = self.directory.state.decode_s - self.clock.decode_s()
         self._update = self.directory.last_update(self.theta.size)  # the aligned sampler's seeds follow from it
-        new_rows = self._load(self.state.step)
+        self._load(self.state.step)
         if self.state.step == 0 and self.state.best_loss is None and self.held_out:
             self.oracle.write(self.theta)
             self.directory.save(replace(self.state, best_loss=self._held_out_loss()))
@@ -84,9 +84,8 @@ class Trainer:
             if reason is not None:
                 self._finish(reason)
                 break
-            if not self._step(new_rows):
+            if not self._step():
                 break
-            new_rows = self._new_rows
         return self.state
 
     @property
@@ -123,8 +122,7 @@ class Trainer:
         rows, new = self.batches.batch(step)
         self._rows = [*self.held_out, *rows]
         self.oracle.load(self._rows)
-        self._new_rows = [len(self.held_out) + row for row in new]
-        return self._new_rows
+        return [len(self.held_out) + row for row in new]
 
     def _held_out_loss(self) -> float:
         rows = [i for i, example in enumerate(self.held_out) if example is not None]
@@ -139,7 +137,7 @@ class Trainer:
             return Fixed(rounds * n_groups)
         return VarianceGate(pacing.tau, min(4, pacing.max_rounds) * n_groups, pacing.max_rounds * n_groups)
 
-    def _step(self, new_rows: Sequence[int]) -> bool:
+    def _step(self) -> bool:
         """One step; False when it was interrupted before anything of it was recorded."""
         config, state = self.config, self.state
         started, tokens = self.clock.now(), self.clock.n_tokens()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,12 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
             "files": {"model": str(model_path.resolve()), "data": str(source.path.resolve()), "out": str(out.resolve())},
             "source": {"kind": source.kind, "labels": source.labels, "limit": source.limit},
             "environment": environment(),
+            "n_seq": session.oracle.capacity,
             "calibration": calibration.__dict__,
         }
         initial = session.adapter(theta, {})
-        with RunDirectory.create(run_path, config.model_dump_json(indent=2), facts, adapter_bytes(initial)) as run:
-            run.save(replace(run.state, eps=calibration.eps))
+        stored = config.model_dump_json(indent=2)
+        with RunDirectory.create(run_path, stored, facts, adapter_bytes(initial), eps=calibration.eps) as run:
             return session.finish(run, theta, out, calibration)
 
 

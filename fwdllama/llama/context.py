@@ -45,6 +45,12 @@ class Context:
     def __init__(self, model: Model, options: ContextOptions, *, eval_callback: Any = None) -> None:
         lib = llama()
         self.model, self.options = model, options
+        most = lib.llama_max_parallel_sequences()
+        if options.n_seq > most:
+            raise ResourceError(
+                f"a context of {options.n_seq} sequences is asked for, but llama.cpp holds at most {most}: a batch and its held-out examples "
+                "are one sequence each. Use a smaller batch or fewer held-out examples."
+            )
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = options.n_ctx_seq * options.n_seq
         parameters.n_batch = parameters.n_ubatch = options.n_batch
