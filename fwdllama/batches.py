@@ -159,7 +159,7 @@ def grouped(rows: Sequence[Encoded | None], size: int, shift: int) -> list[tuple
     A size of all examples or more gives one group.
     """
     held = [row for row, example in enumerate(rows) if example is not None]
-    if size >= len(held):
+    if held and size >= len(held):
         return [tuple(held)]
     groups: list[list[int]] = []
     for row in held:

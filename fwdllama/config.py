@@ -26,7 +26,7 @@ class Section(BaseModel):
 class SpaceConfig(Section):
     """What is trained."""
 
-    modules: tuple[str, ...] = ("q", "k", "v", "o")
+    modules: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up")
     layers: tuple[int, int] | None = None  # first and last; None: see `layer_band`
     rank: Positive = 4
     alpha: PositiveFloat = 8.0
