@@ -103,7 +103,7 @@ class EngineConfig(Section):
     """How llama.cpp runs; nothing here changes what is learned, though kernels differ in their last bits."""
 
     n_threads: Positive | None = None  # None: one a core
-    kv_type: Literal["f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
+    kv_type: Literal["f16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
     mmap: bool = False
     repack: bool = True
     flash: bool = False  # flash attention makes a loss depend on what else is decoded with it, by up to 0.07 nats

@@ -27,7 +27,7 @@ log = logging.getLogger("fwdllama.engine")
 
 BASE_KEY = "fwdllama.base.sha256"
 MAX_CHOSEN_CTX = 2048  # tokens; a longer context is used only where it is asked for, because of its KV cache
-EXACT_KV_TYPES = ("f16", "f32", "bf16")
+EXACT_KV_TYPES = ("f16", "f32")
 MIN_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
 
 

@@ -257,7 +257,7 @@ def test_memory_counts_weights_cells_and_buffers(path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"kv_type": "f8"}, "the KV cache type 'f8' is not one of f16, f32, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."),
+        ({"kv_type": "f8"}, "the KV cache type 'f8' is not one of f16, f32, q8_0, q5_1, q5_0, q4_1, q4_0."),
         ({"batch": 0}, "--batch is 0, but must be at least 1."),
         ({"n_ctx": -1}, "--ctx is -1, but must be at least 1."),
         ({"n_threads": 0}, "--threads is 0, but must be at least 1."),

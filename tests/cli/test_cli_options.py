@@ -67,7 +67,8 @@ def test_help_says_the_default_that_holds(name: str) -> None:
         assert said[1] == (",".join(value) if isinstance(value, tuple) else str(value))
 
 
-def test_help_that_is_shown_has_defaults(run: Run) -> None:
+def test_help_that_is_shown_has_defaults(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     text = " ".join(run("train", "--help").out.split())
     assert f"Default: {default('space.rank')}." in text
     assert "{}" not in text
@@ -118,7 +119,7 @@ def test_what_is_given_reaches_its_setting() -> None:
         ({"layers": "a-b"}, "--layers is 'a-b', but must be the first and the last layer, such as 9-17."),
         ({"layers": "1-2-3"}, "--layers is '1-2-3', but must be the first and the last layer, such as 9-17."),
         ({"kv_type": "f8"}, "--kv-type: Input should be 'f16', "),
-        ({"units": 1, "fresh": 2}, "fresh cannot exceed units"),
+        ({"units": 1, "fresh": 2}, "fresh 2 cannot exceed units 1"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_under_the_option_s_name(given: dict[str, Any], sentence: str) -> None:
