@@ -34,10 +34,8 @@ def oracle(tmp_path: Path) -> Iterator[LlamaOracle]:
 
 
 def examples(model: Model) -> list[Encoded]:
-    return [
-        Encoded(str(i), tuple(model.tokenize(f"Where does number {i} live?")), tuple(model.tokenize("\nA:")), (*model.tokenize("in a tree"), model.end))
-        for i in range(3)
-    ]
+    invocation, target = tuple(model.tokenize("\nA:")), (*model.tokenize("in a tree"), model.end)
+    return [Encoded(str(i), tuple(model.tokenize(f"Where does number {i} live?")), invocation, target) for i in range(3)]
 
 
 def test_the_loss_is_one_minus_f1_of_the_greedy_answer(oracle: LlamaOracle) -> None:
@@ -52,20 +50,6 @@ def test_the_loss_is_one_minus_f1_of_the_greedy_answer(oracle: LlamaOracle) -> N
     for loss, tokens in zip(losses, told, strict=True):
         text = b"".join(oracle.model.piece(token) for token in tokens).decode(errors="ignore").strip().partition("\n")[0]
         assert loss == 1.0 - f1(text, ("in a tree",))
-
-
-def test_an_answer_that_is_the_target_has_no_loss(oracle: LlamaOracle) -> None:
-    """The target is made what this model answers, so that the score must be perfect."""
-    batch = examples(oracle.model)
-    told = generate(oracle.context, oracle.adapter, "answer", batch, max_new_tokens=4)
-    known = [Encoded(e.id, e.prompt, e.invocation, (*tokens, oracle.model.end)) for e, tokens in zip(batch, told, strict=True)]
-    texts = [b"".join(oracle.model.piece(t) for t in tokens).decode(errors="ignore") for tokens in told]
-    scores = ScoreOracle(oracle)
-    scores.load(known)
-    scores.write(oracle.space.initial_theta())
-    for loss, text in zip(scores.losses(), texts, strict=True):
-        assert 0.0 <= loss <= 1.0
-        assert loss < 1.0 or not text.split()
 
 
 def test_a_classification_task_is_refused(oracle: LlamaOracle) -> None:
