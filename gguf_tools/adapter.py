@@ -23,7 +23,8 @@ from gguf.gguf_writer import WriterState
 from numpy.typing import NDArray
 
 from gguf_tools.errors import FileError
-from gguf_tools.header import TensorEntry, mapped
+from gguf_tools.header import TensorEntry
+from gguf_tools.mapping import mapped
 from gguf_tools.validate import base_names, check_adapter
 
 Scope = Literal["answer", "all"]

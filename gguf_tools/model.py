@@ -20,7 +20,8 @@ from pathlib import Path
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from gguf_tools.errors import FileError
-from gguf_tools.header import MODEL_LIMITS, Array, Header, mapped, parse_header
+from gguf_tools.header import MODEL_LIMITS, Array, Header, parse_header
+from gguf_tools.mapping import mapped
 
 # Most specific first: a chat model has several of these, and its turns end with the earlier one.
 _END_OF_TURN = (b"<|eot_id|>", b"<|im_end|>", b"<|end|>", b"<end_of_turn>", b"<EOT>", b"_<EOT>", b"[EOT]",

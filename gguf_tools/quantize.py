@@ -17,7 +17,8 @@ from gguf import LlamaFileType
 
 from gguf_tools.adapter import replacing
 from gguf_tools.errors import FileError
-from gguf_tools.header import MODEL_LIMITS, Array, mapped, parse_header
+from gguf_tools.header import MODEL_LIMITS, Array, parse_header
+from gguf_tools.mapping import mapped
 from gguf_tools.model import ModelInfo, read_model_info
 
 # What llama.cpp makes without an importance matrix, by the name that people use.

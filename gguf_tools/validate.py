@@ -14,7 +14,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from gguf_tools.errors import FileError
-from gguf_tools.header import ADAPTER_LIMITS, Array, Buffer, Header, TensorEntry, mapped, parse_header
+from gguf_tools.header import ADAPTER_LIMITS, Array, Buffer, Header, TensorEntry, parse_header
+from gguf_tools.mapping import mapped
 
 if TYPE_CHECKING:
     from gguf_tools.model import ModelInfo

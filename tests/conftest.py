@@ -15,7 +15,7 @@ settings.load_profile("steady")
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data sets: FWDLLAMA_DATA, or shared/data next to the checkout."""
+    """The folder of real data sets: FWDLLAMA_DATA, or a sibling folder of the checkout."""
     named = os.environ.get("FWDLLAMA_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():

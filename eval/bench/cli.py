@@ -41,7 +41,7 @@ def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:
             Path | None,
             typer.Option(
                 help="Folder of squad-train-4000.json.gz and squad-dev-sample.json.gz. Default: FWDLLAMA_DATA, or "
-                "shared/data next to the checkout."
+                "a sibling folder of the checkout."
             ),
         ] = None,
         model: Annotated[str, typer.Option(help="Base model, by name or path.", metavar="MODEL")] = MODEL,
