@@ -106,7 +106,8 @@ def register(app: typer.Typer, *, open_answerer: OpenAnswerer = open_model) -> N
         from rich.console import Console
 
         from fwdllama.tasks.load import load_dataset
-        from gguf_tools.adapter import read_adapter, replacing
+        from gguf_tools.adapter import read_adapter
+        from gguf_tools.output import replacing
 
         from .report import write_report
         from .results import Results, summary, table

@@ -22,7 +22,7 @@ from fwdllama.formats import change, clock, flat, number, percent, size
 from fwdllama.plots import Row
 from fwdllama.score import exact_match, f1
 from fwdllama.types import Scope
-from gguf_tools.adapter import replacing
+from gguf_tools.output import replacing
 
 TEMPLATES = Path(__file__).parent / "templates"
 EXCERPT_CHARS = 300

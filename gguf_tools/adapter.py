@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 import numpy as np
@@ -25,6 +22,7 @@ from numpy.typing import NDArray
 from gguf_tools.errors import FileError
 from gguf_tools.header import TensorEntry
 from gguf_tools.mapping import mapped
+from gguf_tools.output import replacing
 from gguf_tools.validate import base_names, check_adapter
 
 Scope = Literal["answer", "all"]
@@ -140,43 +138,6 @@ def write_adapter(target: str | os.PathLike[str] | BinaryIO, adapter: Adapter) -
             temporary.write_bytes(data)
     else:
         target.write(data)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
-
-    The block must create the file. It is flushed to disk before it is renamed, and the folder after, so that a crash
-    leaves the old file or the new one. A link is followed: the file it points to is replaced.
-
-    Raises:
-        FileError: the path is a directory, or cannot be written (permission, disk full), also where the block finds
-        out.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise FileError(f"{path}: is a directory, but a file to write was expected.")
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where folders can be opened (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:

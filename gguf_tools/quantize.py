@@ -15,11 +15,11 @@ from typing import Any
 
 from gguf import LlamaFileType
 
-from gguf_tools.adapter import replacing
 from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, Array, parse_header
 from gguf_tools.mapping import mapped
 from gguf_tools.model import ModelInfo, read_model_info
+from gguf_tools.output import replacing
 
 # What llama.cpp makes without an importance matrix, by the name that people use.
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gguf_tools.adapter import Adapter, adapter_bytes, read_adapter, replacing, write_adapter
+from gguf_tools.adapter import Adapter, adapter_bytes, read_adapter, write_adapter
 from gguf_tools.errors import FileError
+from gguf_tools.output import replacing
 
 NAME = "blk.0.attn_q.weight"
 
