@@ -19,12 +19,12 @@ from gguf_tools.finite import can_be_scanned, first_not_finite
 from gguf_tools.header import MODEL_LIMITS, Header, parse_header
 from gguf_tools.mapping import mapped
 from gguf_tools.model import ModelInfo, model_info
+from gguf_tools.tokenizer import check_tokenizer
 from gguf_tools.validate import check_adapter_header, check_adapter_numbers
-from gguf_tools.vocabulary import check_vocabulary
 
 # Without a dot product in ggml: a matrix of these is a call through a null pointer.
 _NO_WEIGHTS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
-ShownProgress = Callable[[int, int], None]  # bytes done, bytes to do
+Progress = Callable[[int, int], None]  # bytes done, bytes to do
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def validate_file(
     *,
     base: ModelInfo | None = None,
     data: bool = False,
-    progress: ShownProgress | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Check a model or an adapter, the latter also against `base`; `data` scans a model's weights too.
 
@@ -79,7 +79,7 @@ def check_model(header: Header) -> tuple[ModelInfo, tuple[str, ...]]:
         if found != wanted:
             raise FileError(f"{header.label}: {key} is of type {found.name}, but must be {wanted.name}.")
     info = model_info(header)
-    unchecked = check_vocabulary(header, add_bos=info.add_bos)
+    unchecked = check_tokenizer(header, add_bos=info.add_bos)
     if info.architecture in FAMILY:
         check_keys(header, info)
         check_sizes(header, info)
@@ -112,7 +112,7 @@ def _check_tensors(header: Header, info: ModelInfo) -> None:
             raise FileError(f"{header.label}: {name} belongs to {stem}.weight, which the file lacks.")
 
 
-def _check_numbers(header: Header, data: bool, progress: ShownProgress | None) -> tuple[str, ...]:
+def _check_numbers(header: Header, data: bool, progress: Progress | None) -> tuple[str, ...]:
     """Vectors, and with `data` everything else, must be finite."""
     entries = [(name, entry) for name, entry in header.tensors.items() if data or len(entry.shape) == 1]
     total, done = sum(entry.size_bytes for _, entry in entries), 0

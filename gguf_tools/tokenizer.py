@@ -1,4 +1,4 @@
-"""The vocabulary of a model file, as far as llama.cpp trusts it.
+"""The tokenizer of a model file, as far as llama.cpp trusts it.
 
 Two tokens of the same text, no token where one is to be prepended, or bytes that no token stands for end the process: on loading, or
 later on the first text that needs them.
@@ -12,7 +12,8 @@ from gguf_tools.errors import FileError
 from gguf_tools.header import Array, Header
 
 TOKENS = "tokenizer.ggml.tokens"
-_FLAGS = ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces")
+_FLAGS = ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces", "normalizer.lowercase",
+          "normalizer.strip_accents")  # fmt: skip
 _IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep",
         "fim_sep", "prefix", "suffix", "middle")  # fmt: skip
 _DEFAULT_IDS = {"gpt2": (11, 11), "llama": (1, 2)}  # bos, eos of tokenizers that are checked
@@ -20,7 +21,7 @@ _MAX_TOKENS = 1 << 22
 _MAX_TOKEN_BYTES = 1 << 16
 
 
-def check_vocabulary(header: Header, *, add_bos: bool) -> list[str]:
+def check_tokenizer(header: Header, *, add_bos: bool) -> list[str]:
     """Check a tokenizer; returns what was not checked. `add_bos`: whether texts begin with the BOS token.
 
     Raises:
@@ -42,6 +43,8 @@ def check_vocabulary(header: Header, *, add_bos: bool) -> list[str]:
     ):
         if key in header.values:
             _check_array(header, key, kinds, n_tokens)
+    if "tokenizer.ggml.suppress_tokens" in header.values:
+        _check_array(header, "tokenizer.ggml.suppress_tokens", (GGUFValueType.INT32,), 0)
     positions = _token_positions(header)
     if model not in _DEFAULT_IDS:
         return [f"the tokenizer {model!r:.40}"]
