@@ -6,6 +6,7 @@ Run as a program, because a file that ends the process must end another one than
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ class Engine:
 
     def _start(self, base: Path) -> subprocess.Popen[str]:
         command = [sys.executable, str(Path(__file__)), str(base)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # otherwise an abort starts a debugger, which talks on stdout
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet)
 
     def ask(self, kind: str, path: Path) -> str:
         """`ok`, `refused`, or `died of signal N`."""
@@ -31,8 +33,9 @@ class Engine:
         self.process.stdin.write(f"{kind} {path}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().strip()
-        if answer:
+        if answer in ("ok", "refused"):
             return answer
+        self.process.stdout.read()
         code = self.process.wait()
         self.close()
         self.process = self._start(self.base)

@@ -79,14 +79,14 @@ def assemble(
 ) -> bytes:
     """A file of these parts, its counts true where they are not given."""
     counts = len(tensors) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys
-    head = magic + struct.pack("<IQQ", version, *counts) + b"".join(keys)
+    head = bytearray(magic + struct.pack("<IQQ", version, *counts) + b"".join(keys))
     data, at = [], 0
     for tensor in tensors:
         head += text(tensor.name) + struct.pack(f"<I{len(tensor.ne)}Q", len(tensor.ne), *tensor.ne)
         head += struct.pack("<IQ", tensor.type, at if tensor.offset is None else tensor.offset)
         data.append(tensor.payload + bytes(-len(tensor.payload) % 32))
         at += len(data[-1])
-    return head + bytes(-len(head) % 32) + b"".join(data) + tail
+    return bytes(head) + bytes(-len(head) % 32) + b"".join(data) + tail
 
 
 @dataclass(frozen=True)
