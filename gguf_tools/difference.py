@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gguf_tools.adapter import Adapter, read_adapter
 from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, Header, TensorEntry, parse_header
-from gguf_tools.mapping import mapped
+from gguf_tools.mapping import forget, mapped
 
 PIECE_VALUES = 1 << 20  # of a model's tensor at a time, 4 MiB of float32
 Matrix = NDArray[np.float64]
@@ -153,6 +153,7 @@ def _pieces(header: Header, name: str) -> Iterator[Matrix]:
         n = min(step, n_rows - start)
         raw = np.frombuffer(header.data, np.uint8, n * row_bytes, entry.offset + start * row_bytes).reshape(n, row_bytes)
         yield _values(header.label, name, entry.type, raw).astype(np.float64).ravel()
+        forget(header.data, entry.offset + start * row_bytes, n * row_bytes)
 
 
 def _rows(entry: TensorEntry) -> tuple[int, int]:

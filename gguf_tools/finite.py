@@ -10,6 +10,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gguf_tools.header import Buffer, TensorEntry
+from gguf_tools.mapping import forget
 
 T = GGMLQuantizationType
 PIECE_BYTES = 1 << 22
@@ -58,4 +59,5 @@ def _first(data: Buffer, entry: TensorEntry, code: str, exponent: int, stride: i
                 found.append(start + place + int(np.argmax(bad)) * stride)
         if found:
             return min(found)
+        forget(data, start, count * stride)
     return None
