@@ -39,6 +39,7 @@ _FINITE = Key("float", -3.4e38, 3.4e38)
 KEYS: Mapping[str, Key] = {
     "context_length": Key("count", 1, (1 << 31) - 1, required=True),
     "embedding_length": Key("count", 1, required=True),
+    "embedding_length_out": Key("count"),
     "block_count": Key("count", 1, 512, required=True),  # LLAMA_MAX_LAYERS
     "vocab_size": Key("count"),
     "feed_forward_length": Key("count", 1, required=True, per_layer=True),
@@ -133,6 +134,12 @@ def check_sizes(header: Header, info: ModelInfo) -> None:
     rotated = header.number(f"{prefix}.rope.dimension_count") or info.key_length
     if rotated != info.key_length and (prefix != "gemma3" or rotated > info.key_length or rotated % 2):
         raise FileError(f"{label}: {prefix}.rope.dimension_count is {rotated}, but heads have {info.key_length} numbers.")
+    n_out = header.number(f"{prefix}.embedding_length_out")
+    if n_out not in (None, 0, info.n_embd):
+        raise FileError(f"{label}: {prefix}.embedding_length_out is {n_out}, but the model gives embeddings of {info.n_embd} numbers.")
+    pattern, value = header.values.get(f"{prefix}.attention.sliding_window_pattern", (GGUFValueType.UINT32, 0))
+    if pattern != GGUFValueType.UINT32 and not isinstance(value, Array):
+        raise FileError(f"{label}: {prefix}.attention.sliding_window_pattern is of type {pattern.name}, but must be UINT32 or an array.")
     for name in _ELSEWHERE:
         if f"{prefix}.{name}" in header.values:
             raise FileError(f"{label}: {prefix}.{name} is set, but a {prefix} model has the same heads in all layers.")

@@ -21,7 +21,8 @@ from gguf_tools.synth import write_tiny_llama
 from tests.gguf_tools import bases
 from tests.gguf_tools.forge import ARRAY, BOOL, F32, F64, I32, STRING, T_F16, T_I32, U32, U64, Parts, Tensor, entry, size_of, strings
 
-MODEL, EXPERTS, WORDS, QWEN3 = bases.tiny(), bases.mixture(), bases.sentencepiece(), bases.of_architecture("qwen3")
+MODEL, EXPERTS, WORDS = bases.tiny(), bases.mixture(), bases.sentencepiece()
+QWEN3, GEMMA3 = bases.of_architecture("qwen3"), bases.of_architecture("gemma3")
 N_HEAD_BYTES = len(MODEL.bytes()) - sum(len(t.payload) + -len(t.payload) % 32 for t in MODEL.tensors)
 
 Edit = Callable[[Parts], None]
@@ -94,6 +95,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "more layers than tensors": (key("block_count", U32, 2), r"holds no tensor blk.1.attn_q.weight, which a llama model of 2 layers has"),
     "layers of 64 bits": (key("block_count", U64, 1), r"llama.block_count is of type UINT64, but must be UINT32"),
     "width 0": (key("embedding_length", U32, 0), r"embedding_length is 0"),
+    "embeddings of another width": (key("embedding_length_out", U32, 32), r"embedding_length_out is 32, but the model gives embeddings of 64"),
     "another width": (key("embedding_length", U32, 128), r"rope.dimension_count is 16, but heads have 32 numbers"),
     "another vocabulary": (key("tokenizer.ggml.model", STRING, "llama"), r"has no token <0x00>"),
     "width of 4 billion": (key("embedding_length", U32, (1 << 32) - 1), r"embedding_length is 4294967295"),
@@ -171,6 +173,7 @@ OTHERS: dict[str, tuple[Parts, Edit, str]] = {
     "byte tokens missing": (WORDS, token(13, b"x"), r"has no token <0x0A>; llama.cpp aborts on the first text with that byte"),
     "byte token without a byte": (WORDS, lambda p: numbers("tokenizer.ggml.token_type", I32, *[6] * 300)(p), r"token 0 \(b'<unk>'\) is of type byte"),
     "Q/K norms missing": (QWEN3, without("blk.0.attn_q_norm.weight"), r"holds no tensor blk.0.attn_q_norm.weight, which a qwen3"),
+    "pattern of 16 bits": (GEMMA3, lambda p: p.set("gemma3.attention.sliding_window_pattern", 2, 6), r"pattern is of type UINT16, but must be"),
     "experts in qwen3": (QWEN3, lambda p: p.set("qwen3.expert_count", U32, 4), r"qwen3 models have no experts"),
 }  # fmt: skip
 CORPUS = {**{name: (MODEL, edit, sentence) for name, (edit, sentence) in HOSTILE.items()}, **OTHERS}
