@@ -199,6 +199,22 @@ def test_the_files_that_are_damaged_pass_and_load(base: ModelInfo, engine: Engin
         assert engine.ask(kind, path) == "ok", name
 
 
+def test_every_type_of_matrix_that_passes_loads_and_the_others_are_refused(base: ModelInfo, engine: Engine, tmp_path: Path) -> None:
+    path, refused = tmp_path / "m.gguf", set()
+    for kind in GGMLQuantizationType:
+        parts = MODELS["llama of 256"].copy()
+        for i, tensor in enumerate(parts.tensors):
+            if str(tensor.name) in ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_down.weight"):
+                n_bytes = size_of(tensor.ne, kind)
+                parts.tensors[i] = replace(tensor, type=int(kind), data=(BITS * 2)[:n_bytes])
+        path.write_bytes(parts.bytes())
+        if judged("model", path, base) == "passed":
+            assert engine.ask("model", path) == "ok", kind.name
+        else:
+            refused.add(kind.name)
+    assert refused == {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
+
+
 def test_a_file_that_ends_llama_cpp_is_reported_with_its_signal(engine: Engine, tmp_path: Path) -> None:
     hostile = ADAPTER.copy()
     hostile.set("adapter.lora.alpha", U32, 16)

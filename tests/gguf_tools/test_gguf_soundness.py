@@ -170,7 +170,7 @@ OTHERS: dict[str, tuple[Parts, Edit, str]] = {
     "more experts used than there are": (EXPERTS, key("expert_used_count", U32, 5), r"expert_used_count is 5 of 4 experts"),
     "expert groups": (EXPERTS, key("expert_group_count", U32, 2), r"expert_group_count is 2"),
     "another number of experts": (EXPERTS, key("expert_count", U32, 8), r"has shape \(4, 64\), but the metadata needs \(8, 64\)"),
-    "byte tokens missing": (WORDS, token(13, b"x"), r"has no token <0x0A>; llama.cpp aborts on the first text with that byte"),
+    "byte token in small letters": (WORDS, token(13, b"<0x0a>"), r"has no token <0x0A>; llama.cpp aborts on the first text with that byte"),
     "byte token without a byte": (WORDS, lambda p: numbers("tokenizer.ggml.token_type", I32, *[6] * 300)(p), r"token 0 \(b'<unk>'\) is of type byte"),
     "Q/K norms missing": (QWEN3, without("blk.0.attn_q_norm.weight"), r"holds no tensor blk.0.attn_q_norm.weight, which a qwen3"),
     "pattern of 16 bits": (GEMMA3, lambda p: p.set("gemma3.attention.sliding_window_pattern", 2, 6), r"pattern is of type UINT16, but must be"),
