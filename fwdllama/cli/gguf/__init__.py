@@ -6,7 +6,9 @@ from types import ModuleType
 
 import typer
 
-MODULES: tuple[ModuleType, ...] = ()  # each has register(group)
+from fwdllama.cli.gguf import average, diff, inspect, validate
+
+MODULES: tuple[ModuleType, ...] = (average, diff, inspect, validate)  # each has register(group)
 
 
 def register(app: typer.Typer) -> None:
