@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fwdllama.direction import Bits, packed_bits, unpack
+from fwdllama.loss import bounded
 from fwdllama.oracle import Losses, LossOracle
 
 Sided = Literal["one", "two"]
@@ -25,7 +26,7 @@ Sided = Literal["one", "two"]
 class Probe:
     """One direction evaluated on one group of the batch's examples.
 
-    loss_plus, loss_minus: mean loss of the group at theta + eps z and at theta - eps z (one-sided: at theta), in nats.
+    loss_plus, loss_minus: mean (bounded) loss of the group at theta + eps z and at theta - eps z (one-sided: at theta), in nats.
     bits: the direction itself, packed; kept so that the step need not draw it again.
     """
 
@@ -55,20 +56,24 @@ def evaluate(
     groups: Sequence[Sequence[int]],  # rows of the batch that each group holds
     base: Losses | None,  # losses at theta of the batch's rows; None for two-sided probes
     eps: float,
+    robustness: float = 0.0,
 ) -> Iterator[Probe]:
-    """Evaluate the probes of `plan` one after the other; theta itself is never changed, so nothing drifts."""
+    """Evaluate the probes of `plan` one after the other; theta itself is never changed, so nothing drifts.
+
+    Slopes are those of `bounded` losses.
+    """
     for seed, group in plan:
         bits = packed_bits(seed, theta.size)
         offset = unpack(bits, theta.size)
         offset *= np.float32(eps)
         rows = groups[group]
         oracle.write(theta + offset)
-        plus = float(oracle.losses(rows).mean())
+        plus = float(bounded(oracle.losses(rows), robustness).mean())
         if base is None:
             oracle.write(theta - offset)
-            minus = float(oracle.losses(rows).mean())
+            minus = float(bounded(oracle.losses(rows), robustness).mean())
         else:
-            minus = float(base[list(rows)].mean())
+            minus = float(bounded(base[list(rows)], robustness).mean())
         yield Probe(seed, group, plus, minus, bits)
 
 

@@ -35,3 +35,15 @@ def choice_nll(logits: NDArray[np.float32], choices: NDArray[np.int32], target: 
     scores = logits[choices].astype(np.float64)
     peak = scores.max()
     return float(np.log(np.exp(scores - peak).sum()) + peak - float(logits[target]))
+
+
+def bounded(losses: NDArray[np.float64], robustness: float) -> NDArray[np.float64]:
+    """Losses in which an example that goes badly wrong weighs little: (1 - exp(-q l)) / q with q = robustness, l itself for q = 0.
+
+    With q = 1 and a one-token answer this is the probability of a wrong answer. The examples with the highest losses cause most of
+    a slope's variance and little of its mean (LOG.md). Zhang and Sabuncu 2018, generalised cross entropy, there for noisy labels.
+
+    >>> bounded(np.array([0.0, 0.1, 5.0]), 1.0).round(3)
+    array([0.   , 0.095, 0.993])
+    """
+    return -np.expm1(-robustness * losses) / robustness if robustness else losses

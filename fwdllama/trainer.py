@@ -217,7 +217,7 @@ class Trainer:
             plan = [
                 (sampler.seed(state.step, len(probes) + i, self._update), (len(probes) + i) % len(groups)) for i in range(n)
             ]
-            for probe in evaluate(self.oracle, self.theta, plan, groups, losses, state.eps):
+            for probe in evaluate(self.oracle, self.theta, plan, groups, losses, state.eps, config.estimator.robustness):
                 probes.append(probe)
                 if self.stop():
                     return [], slopes, wanted

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fwdllama import estimator as module
 from fwdllama.direction import direction, packed_bits
 from fwdllama.estimator import Probe, centred_slopes, evaluate, projected_gradient
+from fwdllama.loss import bounded
 from fwdllama.oracle import QuadraticOracle
 from fwdllama.types import Encoded
 
@@ -114,6 +115,17 @@ def test_a_direction_for_each_example_gives_the_gradient_of_the_batch() -> None:
         plan
     )
     assert np.allclose(mean, gradient(range(N_EXAMPLES)), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("sided", ["one", "two"])
+def test_a_robust_probe_compares_bounded_losses_of_the_same_directions(sided: str) -> None:
+    oracle, rows = loaded(), [0, 2]
+    base = oracle.losses() if sided == "one" else None
+    (probe,) = evaluate(oracle, THETA, [(7, 0)], [rows], base, EPS, robustness=0.5)
+    z = EPS * direction(7, N_PARAMS)
+    for value, theta in ((probe.loss_plus, THETA + z), (probe.loss_minus, THETA if base is not None else THETA - z)):
+        oracle.write(theta)
+        assert value == bounded(oracle.losses(rows), 0.5).mean() != oracle.losses(rows).mean()
 
 
 def test_probes_come_in_the_order_of_the_plan_with_their_packed_directions() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fwdllama import loss as module
-from fwdllama.loss import choice_nll, token_nll
+from fwdllama.loss import bounded, choice_nll, token_nll
 from tests.reference import nll
 
 LOGITS = st.lists(st.floats(-60, 60, width=32), min_size=2, max_size=12)
@@ -66,3 +66,14 @@ def test_a_choices_loss_is_minus_the_log_of_its_share_among_the_choices_only(
 
 def test_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(module).failed == 0
+
+
+@given(st.floats(0, 50), st.floats(0.01, 4))
+def test_a_bounded_loss_has_the_slope_of_its_example_times_its_weight(loss: float, robustness: float) -> None:
+    low, high = bounded(np.array([loss - 1e-4, loss + 1e-4]), robustness)
+    assert (high - low) / 2e-4 == pytest.approx(math.exp(-robustness * loss), rel=1e-4, abs=1e-9)
+
+
+def test_without_robustness_losses_are_what_they_are() -> None:
+    losses = np.array([0.0, 1.5, 30.0])
+    assert bounded(losses, 0.0).tolist() == losses.tolist()

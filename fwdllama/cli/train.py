@@ -61,6 +61,7 @@ def register(app: typer.Typer) -> None:
         sided: o.Sided = None,
         rounds: o.Rounds = None,
         eps: o.Eps = None,
+        robustness: o.Robustness = None,
         objective: o.Objective = None,
         pacing: o.Pacing = None,
         tau: o.Tau = None,
