@@ -42,6 +42,7 @@ _UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_ind
                 "megatron_config")  # fmt: skip
 _HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base model's weights, or the formula
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_OUTPUT_COPY = "base_model.model.lm_head.base_layer.weight"  # PEFT saves the base's own beside an adapted lm_head
 _LITERAL = re.compile(r"\^?[\w.]+")
 
 
@@ -82,7 +83,9 @@ def read_peft(folder: str | os.PathLike[str], base: ModelInfo) -> Adapter:
     file = open_safetensors(folder / WEIGHTS)
     names = {module: name for name, module in _module_names(base).items()}
     halves: dict[str, dict[str, NDArray[np.float32]]] = {}
-    for key in file.tensors:
+    for key, stored in file.tensors.items():
+        if key == _OUTPUT_COPY and stored.shape == base.tensors.get("output.weight", ((), ""))[0]:
+            continue
         module, half = _parsed(file.path, key)
         if module not in names:
             raise FileError(f"{file.path}: {key[:160]} belongs to no matrix that is adapted in a {base.architecture} model.")

@@ -218,5 +218,5 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise FileError(f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, but must be a text.")
+        raise FileError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text, not {type(template).__name__}.")
     return template
