@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_pieces_and_the_whole_give_the_same_bytes(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("gguf_tools.convert._PIECE", 32 * 7)
     convert_model(folder, tmp_path / "pieces.gguf", type="f32")
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
+
+
+def test_memory_is_a_piece_and_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG | {"intermediate_size": 1 << 14}  # matrices of 2 MiB, of which there are six
+    folder = write_folder(tmp_path / "hf", config)
+    monkeypatch.setattr("gguf_tools.convert._PIECE", 1 << 14)
+    convert_model(folder, tmp_path / "first.gguf")  # what is kept for ever, such as imports, is not counted
+    tracemalloc.start()
+    convert_model(folder, tmp_path / "m.gguf")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "m.gguf").stat().st_size > 6 << 20
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize(("change", "sentence"), [

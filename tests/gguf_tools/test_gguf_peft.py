@@ -67,7 +67,7 @@ def adapters(draw: st.DrawFn, base: ModelInfo) -> Adapter:
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_to_peft_and_back_gives_the_same_bytes(data: st.DataObject, base: ModelInfo) -> None:
     adapter = data.draw(adapters(base))
