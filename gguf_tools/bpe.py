@@ -39,6 +39,7 @@ class BpeModel:
     pre: str
     scores: Mapping[str, float] | None = None
     add_space_prefix: bool | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def read_bpe(path: Path, content: Mapping[str, Any]) -> BpeModel:
@@ -147,7 +148,8 @@ def _sentencepiece_like(
         raise FileError(f"{path}: lacks the byte token <0x{lacking:02X}>, which llama.cpp needs for unknown characters.")
     for token in ids:
         scores.setdefault(token, -float(len(merges)))
-    return BpeModel(ids, merges, "default", scores, _space_prefix(path, content))
+    prefix, warnings = _space_prefix(path, content)
+    return BpeModel(ids, merges, "default", scores, prefix, warnings)
 
 
 def _no_sentencepiece(path: Path, token: str) -> FileError:
@@ -157,10 +159,9 @@ def _no_sentencepiece(path: Path, token: str) -> FileError:
     )
 
 
-def _space_prefix(path: Path, content: Mapping[str, Any]) -> bool:
-    """Whether a space goes before a text; anything but that and writing spaces as ▁ is refused."""
-    prefix = False
-    escaped = False
+def _space_prefix(path: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether a space goes before a text, with a warning; anything but that and writing spaces as ▁ is refused."""
+    prefix = escaped = unless = False
     for step in _steps(path, content.get("normalizer"), "normalizers"):
         if step.get("type") == "Prepend" and step.get("prepend") == _SPACE:
             prefix = True
@@ -173,10 +174,15 @@ def _space_prefix(path: Path, content: Mapping[str, Any]) -> bool:
         # A text cut at its spaces gives other tokens where a token holds one inside.
         if step.get("type") != "Metaspace" or step.get("replacement") != _SPACE or step.get("split", True):
             raise FileError(f"{path}: the pre-tokenizer {step!r:.160} is not one that llama.cpp has for such vocabularies.")
-        prefix, escaped = prefix or scheme != "never", True
+        prefix, unless, escaped = prefix or scheme != "never", scheme != "never", True
     if not escaped:
         raise FileError(f"{path}: the tokenizer does not write spaces as {_SPACE}, which llama.cpp does for such vocabularies.")
-    return prefix
+    if not unless:
+        return prefix, ()
+    return prefix, (
+        "a text that begins with a space gets one more before it, as with sentencepiece but not with this tokenizer.json; "
+        "put tokenizer.model into the folder if there is one.",
+    )
 
 
 def _is_byte(token: str) -> bool:

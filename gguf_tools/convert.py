@@ -34,10 +34,10 @@ _ROPE_FREQS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Conversion:
-    """The model that was written, and the added tokens that it has no embedding for."""
+    """The model that was written, and sentences about texts that it tokenises otherwise than the original."""
 
     model: ModelInfo
-    dropped_tokens: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def convert_model(
@@ -74,7 +74,7 @@ def convert_model(
         _describe(writer, folder, config, name, vocabulary)
         _write(writer, tensors, shards, config, kind, progress or (lambda done, total: None))
         read_model_info(temporary)
-    return Conversion(read_model_info(target), vocabulary.dropped)
+    return Conversion(read_model_info(target), vocabulary.warnings)
 
 
 def _check_tensors(

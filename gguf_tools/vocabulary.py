@@ -27,8 +27,8 @@ _ADDED_SCORE = -1000.0  # below every real one: an added token is found in the t
 class Vocabulary:
     """Tokens by id with their types and scores, and what begins and ends a text.
 
-    `model` is llama.cpp's `llama` (sentencepiece) or `gpt2` (byte-level BPE, with `merges`). `dropped` are added tokens for
-    which the model has no embedding. Whether spaces around an added token belong to it cannot be expressed, and is left out.
+    `model` is llama.cpp's `llama` (sentencepiece) or `gpt2` (byte-level BPE, with `merges`). `warnings` say in what texts it
+    differs from the original. Whether spaces around an added token belong to it cannot be expressed, and is left out.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Vocabulary:
     add_bos: bool = False
     add_eos: bool = False
     chat_template: str | None = None
-    dropped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Put everything into a GGUF file's metadata."""
@@ -109,7 +109,8 @@ def read_vocabulary(folder: Path, n_vocab: int, config_ids: Mapping[str, int]) -
             table.tokens[token] = text, bpe.scores[text] if bpe.scores else 0.0, types[text]
         spm_like = bpe.scores is not None
         vocabulary = Vocabulary("llama" if spm_like else "gpt2", bpe.pre, (), (), () if spm_like else None,
-                                () if spm_like else bpe.merges, bpe.add_space_prefix, add_bos=spm_like)  # fmt: skip
+                                () if spm_like else bpe.merges, bpe.add_space_prefix, add_bos=spm_like,
+                                warnings=bpe.warnings)  # fmt: skip
     else:
         raise FileError(f"{folder}: holds neither tokenizer.model nor tokenizer.json.")
     _add_tokens(table, folder, content, settings)
@@ -154,7 +155,8 @@ def _filled(vocabulary: Vocabulary, table: _Table, n_vocab: int, path: Path) -> 
         tokens=tuple(texts),
         types=tuple(entry[2] for entry in entries),
         scores=None if vocabulary.scores is None else tuple(entry[1] for entry in entries),
-        dropped=tuple(entry[0] for entry in beyond.values()),
+        warnings=vocabulary.warnings
+        + tuple(f"the added token {entry[0]!r} was left out: the model has no embedding for it." for entry in beyond.values()),
     )
 
 

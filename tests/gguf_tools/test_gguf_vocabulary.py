@@ -77,7 +77,8 @@ def test_added_tokens_fill_the_vocabulary_and_the_rest_is_unused(tmp_path: Path)
     assert found.tokens[266:] == ("▁he", "<user>", "<pad>", "[PAD269]")
     assert found.types[266:] == (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNUSED)
     assert (found.types[0], found.types[1]) == (TokenType.UNKNOWN, TokenType.CONTROL)
-    assert (found.dropped, found.token_ids) == (("<beyond>",), {"bos": 1, "eos": 2, "unk": 0, "pad": 268})
+    assert found.warnings == ("the added token '<beyond>' was left out: the model has no embedding for it.",)
+    assert found.token_ids == {"bos": 1, "eos": 2, "unk": 0, "pad": 268}
     assert (found.model, found.add_bos, found.add_eos, found.add_space_prefix) == ("llama", True, True, True)
 
 
@@ -143,8 +144,13 @@ def test_byte_fallback_is_read_as_sentencepiece(tmp_path: Path, open_llama: Open
     convert_model(folder, tmp_path / "m.gguf")
     assert open_llama(tmp_path / "m.gguf").tokenise("helloé") == [266, 265, 263, 3 + 0xC3, 3 + 0xA9]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
-    assert vocabulary(tmp_path, fallback()).add_space_prefix is True
-    assert vocabulary(tmp_path, fallback(normalizer=None, pre_tokenizer=metaspace)).add_space_prefix is False
+    exact = vocabulary(tmp_path, fallback())
+    assert (exact.add_space_prefix, exact.warnings) == (True, ())
+    never = vocabulary(tmp_path, fallback(normalizer=None, pre_tokenizer=metaspace))
+    assert (never.add_space_prefix, never.warnings) == (False, ())
+    first = vocabulary(tmp_path, fallback(normalizer=None, pre_tokenizer=metaspace | {"prepend_scheme": "first"}))
+    assert first.add_space_prefix is True
+    assert first.warnings[0].startswith("a text that begins with a space gets one more before it")
 
 
 def changed(path: str, value: Any, make: Callable[[], dict[str, Any]] = byte_level) -> dict[str, Any]:

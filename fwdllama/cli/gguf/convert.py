@@ -29,8 +29,8 @@ def register(group: typer.Typer) -> None:
 
         with _shown() as report:
             done = convert_model(folder, output, type=type_name, force=force, progress=report)
-        for token in done.dropped_tokens:
-            typer.echo(f"warning: the added token {token!r} was left out: the model has no embedding for it.", err=True)
+        for sentence in done.warnings:
+            typer.echo(f"warning: {sentence}", err=True)
         typer.echo(output)
 
 
