@@ -24,7 +24,7 @@ from tests.gguf_tools.folder import CONFIG, byte_level, write_folder
 Fields = list[tuple[int, int | float | bytes | str]]
 TRAINER: Fields = [(3, 2), (35, 1)]
 NORMALIZER: Fields = [(4, 0)]
-TEXTS = [("▁", -3.0), ("h", -4.0), ("e", -5.0), ("l", -6.0), ("o", -7.0), ("he", -1.0), ("ll", 0.0), ("▁he", -2.0)]
+TEXTS = [("▁", -3.0), ("h", -4.0), ("e", -5.0), ("l", -6.0), ("o", -7.0), ("he", -1.0), ("el", -3.5), ("ll", 0.0), ("▁he", -2.0)]
 
 
 def message(fields: Fields) -> bytes:
@@ -62,23 +62,25 @@ def test_sentencepiece_by_hand_is_tokenised_by_hand(tmp_path: Path, open_llama: 
     (folder / "tokenizer.model").write_bytes(model())
     info = convert_model(folder, tmp_path / "m.gguf").model
     assert (info.bos_token, info.eos_token, info.add_bos) == (1, 2, True)
-    # ▁ h e l l o: first ll (0.0), then he (-1.0), then ▁he (-2.0); é falls back to its two bytes.
-    assert open_llama(tmp_path / "m.gguf").tokenise("helloé") == [266, 265, 263, 3 + 0xC3, 3 + 0xA9]
+    # ▁ h e l o: he (-1.0) before el (-3.5), then ▁he (-2.0). ▁ h e l l o: first ll (0.0). é falls back to its two bytes.
+    llama = open_llama(tmp_path / "m.gguf")
+    assert llama.tokenise("helo") == [267, 262, 263]
+    assert llama.tokenise("helloé") == [267, 266, 263, 3 + 0xC3, 3 + 0xA9]
 
 
 def test_added_tokens_fill_the_vocabulary_and_the_rest_is_unused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(model())
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<user>": 267, "<pad>": 268, "<beyond>": 270}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<user>": 268, "<pad>": 269, "<beyond>": 271}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}, "268": {"content": "<pad>", "special": True}},
+        "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}, "269": {"content": "<pad>", "special": True}},
         "pad_token": "<pad>", "add_eos_token": True,
     }))  # fmt: skip
-    found = read_vocabulary(tmp_path, 270, {})
-    assert found.tokens[266:] == ("▁he", "<user>", "<pad>", "[PAD269]")
-    assert found.types[266:] == (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNUSED)
+    found = read_vocabulary(tmp_path, 271, {})
+    assert found.tokens[267:] == ("▁he", "<user>", "<pad>", "[PAD270]")
+    assert found.types[267:] == (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNUSED)
     assert (found.types[0], found.types[1]) == (TokenType.UNKNOWN, TokenType.CONTROL)
     assert found.warnings == ("the added token '<beyond>' was left out: the model has no embedding for it.",)
-    assert found.token_ids == {"bos": 1, "eos": 2, "unk": 0, "pad": 268}
+    assert found.token_ids == {"bos": 1, "eos": 2, "unk": 0, "pad": 269}
     assert (found.model, found.add_bos, found.add_eos, found.add_space_prefix) == ("llama", True, True, True)
 
 
@@ -95,9 +97,9 @@ def test_added_tokens_fill_the_vocabulary_and_the_rest_is_unused(tmp_path: Path)
     (model(normalizer=[]), r"removes extra spaces, which llama.cpp does not do"),
     (model(normalizer=[(4, 0), (2, b"abc")]), r"normalises texts by a character map, which llama.cpp does not do"),
     (model(normalizer=[(4, 0), (5, 0)]), r"does not escape spaces, which llama.cpp always does"),
-    (model([*PIECES, piece(b"\xff")]), r"piece 267 is not UTF-8"),
-    (model([*PIECES, piece("x", kind=9)]), r"piece 267 is of type 9, which is unknown"),
-    (model([*PIECES, piece("x", float("nan"))]), r"piece 267 is 'x' with score nan, but must have a text and a finite score"),
+    (model([*PIECES, piece(b"\xff")]), r"piece 268 is not UTF-8"),
+    (model([*PIECES, piece("x", kind=9)]), r"piece 268 is of type 9, which is unknown"),
+    (model([*PIECES, piece("x", float("nan"))]), r"piece 268 is 'x' with score nan, but must have a text and a finite score"),
     (model([*PIECES, piece("he")]), r"the token 'he' occurs twice"),
 ])  # fmt: skip
 def test_sentencepiece_models_that_llama_cpp_would_read_otherwise_are_refused(
@@ -127,7 +129,7 @@ def fallback(**change: Any) -> dict[str, Any]:
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(text for text, _ in TEXTS)]
     return {
         "model": {"type": "BPE", "byte_fallback": True, "vocab": {text: i for i, text in enumerate(texts)},
-                  "merges": [["l", "l"], ["h", "e"], ["▁", "he"]]},
+                  "merges": [["l", "l"], ["h", "e"], ["▁", "he"], ["e", "l"]]},
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
         "added_tokens": [{"id": 2, "content": "</s>", "special": True}],
@@ -142,7 +144,9 @@ def vocabulary(tmp_path: Path, content: dict[str, Any], **config_ids: int) -> Vo
 def test_byte_fallback_is_read_as_sentencepiece(tmp_path: Path, open_llama: Opener) -> None:
     folder = write_folder(tmp_path / "hf", CONFIG | {"eos_token_id": 2}, tokenizer=fallback())
     convert_model(folder, tmp_path / "m.gguf")
-    assert open_llama(tmp_path / "m.gguf").tokenise("helloé") == [266, 265, 263, 3 + 0xC3, 3 + 0xA9]
+    llama = open_llama(tmp_path / "m.gguf")
+    assert llama.tokenise("helo") == [267, 262, 263]
+    assert llama.tokenise("helloé") == [267, 266, 263, 3 + 0xC3, 3 + 0xA9]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
     exact = vocabulary(tmp_path, fallback())
     assert (exact.add_space_prefix, exact.warnings) == (True, ())
@@ -180,7 +184,7 @@ def changed(path: str, value: Any, make: Callable[[], dict[str, Any]] = byte_lev
     (changed("pre_tokenizer", 3), r"a stage of the tokenizer is 3, but must be an object"),
     (changed("pre_tokenizer", {"type": "Sequence"}), r"a Sequence of the tokenizer must have a list of pretokenizers"),
     (changed("added_tokens", [{"id": 5}]), r"the added token \{'id': 5\} must have an id and a content"),
-    (changed("model.merges", [["l", "l"], ["▁", "he"]], fallback), r"the merges that make 'he' are not those of a sentencep"),
+    (changed("model.merges", [["l", "l"], ["▁", "he"], ["e", "l"]], fallback), r"the merges that make 'he' are not those of a sentencep"),
     (changed("model.merges", [["h", "e"], ["l", "l"], ["h", "e"]], fallback), r"the merges that make 'he' are not"),
     (changed("model.vocab.<0x41>", 500, fallback), r"has the token '<0x41>' beyond the 300 that the model has embeddings for"),
     (changed("normalizer", {"type": "NFKC"}, fallback), r"the normalizer \{'type': 'NFKC'\} is not one that llama.cpp has"),
