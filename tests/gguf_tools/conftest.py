@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 
 
 class Llama:
-    """A model and a context of 128 tokens on one thread, with at most one adapter."""
+    """A model and a context of 128 tokens on one thread, with at most one adapter; `exact` keeps attention in F32."""
 
-    def __init__(self, path: Path, adapter: Path | None = None) -> None:
+    def __init__(self, path: Path, adapter: Path | None = None, *, exact: bool = False) -> None:
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         assert self.model, f"llama.cpp does not load {path}"
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = 128
         params.n_threads = params.n_threads_batch = 1
+        if exact:  # otherwise keys and values are rounded to F16: 1.5e-3 in logits of deviation 1
+            params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.adapter = None
         if adapter is not None:
@@ -69,8 +72,8 @@ class Opener:
     def __init__(self) -> None:
         self.opened: list[Llama] = []
 
-    def __call__(self, path: Path, adapter: Path | None = None) -> Llama:
-        self.opened.append(Llama(path, adapter))
+    def __call__(self, path: Path, adapter: Path | None = None, *, exact: bool = False) -> Llama:
+        self.opened.append(Llama(path, adapter, exact=exact))
         return self.opened[-1]
 
 

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import typer
 
-from fwdllama.cli.gguf import average, diff, inspect, validate
+from fwdllama.cli.gguf import average, convert, diff, inspect, peft, validate
 
-MODULES: tuple[ModuleType, ...] = (average, diff, inspect, validate)  # each has register(group)
+MODULES: tuple[ModuleType, ...] = (average, convert, diff, inspect, peft, validate)  # each has register(group)
 
 
 def register(app: typer.Typer) -> None:
