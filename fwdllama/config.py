@@ -53,7 +53,7 @@ class EstimatorConfig(Section):
     sided: Literal["one", "two"] = "one"
     rounds: Positive = 6  # directions for each group of examples and step
     eps: PositiveFloat | None = None  # None: calibrated
-    robustness: Annotated[float, Field(ge=0, le=4)] = 1.0  # how little examples that go badly wrong weigh; 0: as much as others
+    outlier: PositiveFloat = 1.5  # times the batch's mean loss, from where on an example counts ever less
     objective: Literal["nll", "f1"] = "nll"
 
 

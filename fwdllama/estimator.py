@@ -8,6 +8,7 @@ al. 2024 (FwdLLM, forward gradients in federation).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -56,7 +57,7 @@ def evaluate(
     groups: Sequence[Sequence[int]],  # rows of the batch that each group holds
     base: Losses | None,  # losses at theta of the batch's rows; None for two-sided probes
     eps: float,
-    robustness: float = 0.0,
+    limit: float = math.inf,  # nats, above which a loss counts ever less
 ) -> Iterator[Probe]:
     """Evaluate the probes of `plan` one after the other; theta itself is never changed, so nothing drifts.
 
@@ -68,12 +69,12 @@ def evaluate(
         offset *= np.float32(eps)
         rows = groups[group]
         oracle.write(theta + offset)
-        plus = float(bounded(oracle.losses(rows), robustness).mean())
+        plus = float(bounded(oracle.losses(rows), limit).mean())
         if base is None:
             oracle.write(theta - offset)
-            minus = float(bounded(oracle.losses(rows), robustness).mean())
+            minus = float(bounded(oracle.losses(rows), limit).mean())
         else:
-            minus = float(bounded(base[list(rows)], robustness).mean())
+            minus = float(bounded(base[list(rows)], limit).mean())
         yield Probe(seed, group, plus, minus, bits)
 
 

@@ -146,14 +146,13 @@ class Trainer:
         offset = len(self.held_out)
         own = [None] * offset + list(self._rows[offset:])
         groups = grouped(own, config.estimator.examples_per_probe, state.step)
-        one_sided = config.estimator.sided == "one"
         self.oracle.write(self.theta)
         members = sorted(row for group in groups for row in group)
         losses = np.full(len(self._rows), np.nan)
         losses[members] = self.oracle.losses(members)
         if not np.isfinite(losses[members]).all():
             raise EngineError(f"step {state.step}: the model's loss is not a number; lower --lr or check the model.")
-        probes, slopes, wanted = self._probe(groups, losses if one_sided else None, fraction)
+        probes, slopes, wanted = self._probe(groups, losses, fraction)
         if not probes:
             return False
         limited = clipped(slopes)
@@ -204,11 +203,13 @@ class Trainer:
         return True
 
     def _probe(
-        self, groups: Sequence[Sequence[int]], losses: NDArray[np.float64] | None, fraction: float
+        self, groups: Sequence[Sequence[int]], losses: NDArray[np.float64], fraction: float
     ) -> tuple[list[Probe], NDArray[np.float64], int]:
         """Probes until the pacing is content; none when asked to stop, because half a step would not repeat."""
         config, state = self.config, self.state
         pacing, sampler = self._pacing(len(groups)), Sampler(config.seed, config.step.candidates)
+        base = losses if config.estimator.sided == "one" else None
+        limit = config.estimator.outlier * float(np.nanmean(losses))
         probes: list[Probe] = []
         slopes = np.zeros(0)
         wanted = pacing.wanted(slopes)
@@ -217,7 +218,7 @@ class Trainer:
             plan = [
                 (sampler.seed(state.step, len(probes) + i, self._update), (len(probes) + i) % len(groups)) for i in range(n)
             ]
-            for probe in evaluate(self.oracle, self.theta, plan, groups, losses, state.eps, config.estimator.robustness):
+            for probe in evaluate(self.oracle, self.theta, plan, groups, base, state.eps, limit):
                 probes.append(probe)
                 if self.stop():
                     return [], slopes, wanted

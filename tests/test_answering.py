@@ -46,7 +46,7 @@ def engine(path: Path) -> Iterator[Engine]:
 
 
 def adapter_at(
-    target: Path, model_path: Path, *, invocation: str | None = "\n### Answer:\n", base_sha256: str | None = None
+    target: Path, model_path: Path, *, invocation: str | None = ":\n", base_sha256: str | None = None
 ) -> Path:
     """An adapter that changes every answer, of scope "answer" where an invocation is given."""
     rng = np.random.default_rng(5)

@@ -109,8 +109,8 @@ ExamplesPerProbe = Annotated[int | None, option(SLOPES, "Examples that share a d
 Sided = Annotated[Literal["one", "two"] | None, option(SLOPES, "Losses at one side of theta, or at both.", SET)]
 Rounds = Annotated[int | None, option(SLOPES, "Directions for each example in a step.", SET, metavar="N")]
 Eps = Annotated[float | None, option(SLOPES, "Distance of a probe.", "calibrated", metavar="X")]
-Robustness = Annotated[
-    float | None, option(SLOPES, "How little examples count whose answers are far off; 0: fully.", SET, metavar="X")
+Outlier = Annotated[
+    float | None, option(SLOPES, "Examples count less from so many times the mean loss on.", SET, metavar="X")
 ]
 Objective = Annotated[
     Literal["nll", "f1"] | None, option(SLOPES, "What is improved: the answers' likelihood, or their F1.", SET)
@@ -172,7 +172,7 @@ SETTINGS: Mapping[str, str] = {
     "seed": "seed",
     "template": "template",
     **{name: f"space.{name}" for name in ("modules", "layers", "rank", "alpha", "train", "init", "scope")},
-    **{name: f"estimator.{name}" for name in ("examples_per_probe", "sided", "rounds", "eps", "robustness", "objective")},
+    **{name: f"estimator.{name}" for name in ("examples_per_probe", "sided", "rounds", "eps", "outlier", "objective")},
     "pacing": "pacing.kind",
     "tau": "pacing.tau",
     **{name: f"step.{name}" for name in ("lr", "candidates", "accept")},

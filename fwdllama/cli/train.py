@@ -61,7 +61,7 @@ def register(app: typer.Typer) -> None:
         sided: o.Sided = None,
         rounds: o.Rounds = None,
         eps: o.Eps = None,
-        robustness: o.Robustness = None,
+        outlier: o.Outlier = None,
         objective: o.Objective = None,
         pacing: o.Pacing = None,
         tau: o.Tau = None,

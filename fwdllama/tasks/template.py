@@ -26,11 +26,9 @@ from fwdllama.types import Example, Segment
 
 NO_ANSWER = "unanswerable"
 
-_SEED_INVOCATION = {
-    "squad": "\n### Answer:\n",
-    "pairs": "\n### Answer:\n",
-    "classification": "\n### Label:\n",
-}
+# An adapter of scope `answer` is on from here, not from the whole of the last line: every token more costs each probe, and training
+# was slower per probe too (LOG.md).
+_SEED_INVOCATION = ":\n"
 
 # Chat templates may show today's date. Two runs must not differ by it, so it is always the one that Llama 3's shows
 # where no date is to be had.
@@ -88,11 +86,11 @@ def seed_template(kind: Kind) -> Template:
 
     >>> template = seed_template("pairs")
     >>> template.render(Example("1", {"prompt": "Say {hi}"}, ("hi",)))
-    (Segment(text='Say {hi}\\n', special=False),)
+    (Segment(text='Say {hi}\\n\\n### Answer', special=False),)
     >>> template.invocation
-    (Segment(text='\\n### Answer:\\n', special=False),)
+    (Segment(text=':\\n', special=False),)
     """
-    return Template("seed", kind, (Segment(_SEED_INVOCATION[kind]),))
+    return Template("seed", kind, (Segment(_SEED_INVOCATION),))
 
 
 def chat_template(source: str, kind: Kind, bos_token: str, eos_token: str) -> Template:
@@ -178,10 +176,10 @@ def _special(text: str) -> tuple[Segment, ...]:
 def _seed_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:
     # an f-string inserts values as they are: braces in a user's text stay braces
     if kind == "squad":
-        return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}\n"
+        return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}\n\n### Answer"
     if kind == "pairs":
-        return f"{fields['prompt']}\n"
-    return f"### Text:\n{fields['text']}\n"
+        return f"{fields['prompt']}\n\n### Answer"
+    return f"### Text:\n{fields['text']}\n\n### Label"
 
 
 def _chat_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:
