@@ -49,9 +49,9 @@ class SpaceConfig(Section):
 class EstimatorConfig(Section):
     """How slopes are measured."""
 
-    examples_per_probe: Positive = 2  # a decode of 16 tokens costs what one of 10 does
+    examples_per_probe: Positive = 4  # costs 1.4 times as much as two, and halves the noise of single examples once most answers are right
     sided: Literal["one", "two"] = "one"
-    rounds: Positive = 6  # directions for each group of examples and step
+    rounds: Positive = 8  # directions for each group of examples and step
     eps: PositiveFloat | None = None  # None: calibrated
     outlier: PositiveFloat = 1.5  # times the batch's mean loss, from where on an example counts ever less
     objective: Literal["nll", "f1"] = "nll"
@@ -68,7 +68,7 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.05  # of the step that would be best for one probe alone; the others of the step add to it
+    lr: PositiveFloat = 0.04  # of the step that would be best for one probe alone; the others of the step add to it
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
