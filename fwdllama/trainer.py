@@ -158,7 +158,8 @@ class Trainer:
         limited = clipped(slopes)
         usable = limited[np.isfinite(slopes)]
         running = StepState(state.mean_square).updated(usable)
-        lr = config.step.lr * state.lr_scale * (1 - (1 - config.step.final_lr) * fraction)
+        cooled = (1 - (1 - config.step.final_lr) * fraction) / (1 + state.n_probes / config.step.half_life)
+        lr = config.step.lr * state.lr_scale * cooled
         values = coefficients(limited, lr, running.mean_square or 0.0, config.estimator.examples_per_probe)
         update = combined([probe.bits for probe in probes], values, self.theta.size)
         factor = self._tested(update)
