@@ -14,7 +14,8 @@ import pytest
 
 from gguf_tools.errors import FileError
 from gguf_tools.model import read_model_info
-from gguf_tools.quantize import extract_layers, quantize_model
+from gguf_tools.quantize import quantize_model
+from gguf_tools.split import extract_layers
 from gguf_tools.synth import write_tiny_llama
 
 
@@ -182,7 +183,8 @@ QUIETLY = """
 import sys
 import llama_cpp
 from gguf_tools.errors import FileError
-from gguf_tools.quantize import extract_layers, quantize_model
+from gguf_tools.quantize import quantize_model
+from gguf_tools.split import extract_layers
 quantize_model(sys.argv[1], sys.argv[2], "Q8_0", n_threads=1)
 extract_layers(sys.argv[1], sys.argv[2], 1, 3)
 """
