@@ -144,7 +144,7 @@ def test_what_llama_cpp_refuses_is_reported_in_its_words_and_the_old_target_stay
     with pytest.raises(
         FileError, match=r"unknown.gguf: cannot be quantised to Q8_0: unknown model architecture: 'lloma'"
     ):
-        quantize_model(unknown, target, "Q8_0", n_threads=1)
+        quantize_model(unknown, target, "Q8_0", n_threads=1, force=True)
     assert target.read_bytes() == b"precious"
     assert {path.name for path in tmp_path.iterdir()} == {"unknown.gguf", "target.gguf"}
 
@@ -153,9 +153,9 @@ def test_what_llama_cpp_refuses_is_reported_in_its_words_and_the_old_target_stay
     ("kind", "where", "sentence"),
     [
         ("Q9_9", "q.gguf", "quantisation type 'Q9_9' is unknown; these can be made: F32, F16"),
-        ("IQ2_XXS", "q.gguf", "quantisation type 'IQ2_XXS' is unknown"),
-        ("Q8_0", ".", "is a directory, but a file to write was expected"),
-        ("Q8_0", "gone/q.gguf", "q.gguf: cannot be written: No such file or directory"),
+        ("IQ2_XXS", "q.gguf", "quantisation type IQ2_XXS has so few bits that it needs importance data; see --imatrix"),
+        ("Q8_0", ".", "already exists; give another name, or --force to replace it"),
+        ("Q8_0", "gone/q.gguf", "q.gguf: the folder .*gone does not exist; create it first"),
     ],
 )
 def test_what_cannot_be_written_is_refused(kind: str, where: str, sentence: str, source: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ from gguf_tools.errors import FileError
 from gguf_tools.quantize import quantize_model
 from gguf_tools.split import extract_layers
 quantize_model(sys.argv[1], sys.argv[2], "Q8_0", n_threads=1)
-extract_layers(sys.argv[1], sys.argv[2], 1, 3)
+extract_layers(sys.argv[1], sys.argv[2], 1, 3, force=True)
 """
 
 DISK_FULL = """

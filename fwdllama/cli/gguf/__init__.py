@@ -6,7 +6,9 @@ from types import ModuleType
 
 import typer
 
-MODULES: tuple[ModuleType, ...] = ()  # each has register(group)
+from fwdllama.cli.gguf import merge, quantize, split, synth
+
+MODULES: tuple[ModuleType, ...] = (merge, quantize, split, synth)  # each has register(group)
 
 
 def register(app: typer.Typer) -> None:
