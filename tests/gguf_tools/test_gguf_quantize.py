@@ -223,6 +223,34 @@ def test_a_full_disk_is_named_and_leaves_nothing(source: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_what_progress_raises_ends_the_work_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    """So does Ctrl-C, which arrives at the same place; the next file can be written again."""
+    path = write_tiny_llama(tmp_path / "f32.gguf", n_layers=8, n_embd=256, n_ff=512)
+    seen = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(path, tmp_path / "q.gguf", "Q8_0", n_threads=1, progress=stop)
+    assert seen == [(i, 74) for i in range(1, 6)]
+    assert [each.name for each in tmp_path.iterdir()] == ["f32.gguf"]
+    assert quantize_model(path, tmp_path / "q.gguf", "Q8_0", n_threads=1).quantisation == "Q8_0"
+
+
+def test_a_file_that_is_there_is_replaced_only_when_forced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.gguf").write_bytes(b"precious")
+    for make in (lambda **more: quantize_model(source, tmp_path / "q.gguf", "Q8_0", n_threads=1, **more),
+                 lambda **more: extract_layers(source, tmp_path / "q.gguf", 1, 3, **more)):  # fmt: skip
+        with pytest.raises(FileError, match=r"q.gguf: already exists; give another name, or --force to replace it"):
+            make()
+        assert (tmp_path / "q.gguf").read_bytes() == b"precious"
+        make(force=True)
+        (tmp_path / "q.gguf").write_bytes(b"precious")
+
+
 @pytest.mark.model
 def test_the_top_of_a_real_model_is_extracted_unchanged(model_path: Path, tmp_path: Path) -> None:
     n_layers = read_model_info(model_path).n_layers

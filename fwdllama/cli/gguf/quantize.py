@@ -39,7 +39,7 @@ def register(group: typer.Typer) -> None:
             Path | None, typer.Option(help="Importance data from llama.cpp's imatrix tool; types below 3 bits need it.", metavar="FILE")
         ] = None,
         pure: Annotated[bool, typer.Option("--pure", help="The same type for all matrices, without llama.cpp's mixtures.")] = False,
-        keep_quantised: Annotated[
+        only_from_floats: Annotated[
             bool, typer.Option("--only-from-floats", help="Refuse a source that is quantised already, which loses a little more.")
         ] = False,
         threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all processors.", show_default=False)] = None,
@@ -64,7 +64,7 @@ def register(group: typer.Typer) -> None:
         for name, recipe in recipes.items():
             with bar(f"{name}: tensor") as progress:
                 info = quantize_model(
-                    model, out.replace(TYPE, name), recipe, allow_requantize=not keep_quantised, n_threads=threads,
+                    model, out.replace(TYPE, name), recipe, allow_requantize=not only_from_floats, n_threads=threads,
                     progress=progress, force=force,
                 )  # fmt: skip
             unfit = misfits(recipe, source)
