@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,12 +135,17 @@ def _reason(log: list[str]) -> str:
 def _captured_log(llama_cpp: Any, progress: Progress | None) -> Iterator[list[str]]:
     """Collect llama.cpp's log, one for the whole process, instead of printing it; the old receiver comes back.
 
-    Each tensor begins with a line `[ 12/ 272] ...`, which is the only place where Python runs during the work. So a Ctrl-C arrives
-    there too. C code cannot be left by an exception: files may then grow no more, which llama.cpp notices with its next tensor.
+    Each tensor begins with a line `[ 12/ 272] ...`, which is the only place where Python runs during the work. C code cannot be left
+    by an exception: after one, files may grow no more, which llama.cpp notices when it writes the next tensor.
     """
     lines: list[str] = []
     raised: list[BaseException] = []
     restore: list[Callable[[], None]] = []
+
+    def stop(error: BaseException) -> None:
+        if not raised:
+            raised.append(error)
+            restore.append(_forbid_growth())
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def receive(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
@@ -151,10 +157,9 @@ def _captured_log(llama_cpp: Any, progress: Progress | None) -> Iterator[list[st
             if tensor and progress:
                 progress(int(tensor[1]), int(tensor[2]))
         except BaseException as error:  # noqa: BLE001 - raised again when llama.cpp has returned
-            raised.append(error)
-            restore.append(_forbid_growth())
+            stop(error)
 
-    with _log_lock:
+    with _log_lock, _interrupted_by(stop):
         previous, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
         llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
         llama_cpp.llama_log_set(receive, ctypes.c_void_p(0))
@@ -166,6 +171,20 @@ def _captured_log(llama_cpp: Any, progress: Progress | None) -> Iterator[list[st
                 undo()
     if raised:
         raise raised[0]
+
+
+@contextmanager
+def _interrupted_by(stop: Callable[[BaseException], None]) -> Iterator[None]:
+    """Ctrl-C as a call of `stop`: raised on the way into a callback, KeyboardInterrupt would be printed and forgotten."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: stop(KeyboardInterrupt()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _forbid_growth() -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,15 +224,19 @@ def test_a_full_disk_is_named_and_leaves_nothing(source: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_what_progress_raises_ends_the_work_at_once_and_leaves_nothing(tmp_path: Path) -> None:
-    """So does Ctrl-C, which arrives at the same place; the next file can be written again."""
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_ctrl_c_and_what_progress_raises_end_the_work_at_once_and_leave_nothing(by_signal: bool, tmp_path: Path) -> None:
+    """And the next file can be written again."""
     path = write_tiny_llama(tmp_path / "f32.gguf", n_layers=8, n_embd=256, n_ff=512)
     seen = []
 
     def stop(done: int, total: int) -> None:
         seen.append((done, total))
         if done == 5:
-            raise KeyboardInterrupt
+            if by_signal:
+                signal.raise_signal(signal.SIGINT)
+            else:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         quantize_model(path, tmp_path / "q.gguf", "Q8_0", n_threads=1, progress=stop)
