@@ -226,7 +226,7 @@ def _assemble(model: RegisteredModel, target: Path, report: Report) -> None:
 def _requantise(source: Path, target: Path, type_name: str) -> None:
     from gguf_tools.quantize import quantize_model  # imports llama_cpp, which `resolve` must not wait for
 
-    quantize_model(source, target, type_name, n_threads=os.cpu_count() or 1)
+    quantize_model(source, target, type_name, n_threads=os.cpu_count() or 1, force=True)
 
 
 def _fetch_from_hub(place: _Place, report: Report) -> None:

@@ -20,7 +20,7 @@ from gguf.gguf_writer import WriterState
 from numpy.typing import NDArray
 
 from gguf_tools.errors import FileError
-from gguf_tools.header import TensorEntry
+from gguf_tools.header import Header, TensorEntry
 from gguf_tools.mapping import mapped
 from gguf_tools.output import replacing
 from gguf_tools.validate import base_names, check_adapter
@@ -152,16 +152,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     with mapped(path) as data:
         header = check_adapter(data, str(path))
-
-        def array(entry: TensorEntry) -> NDArray[np.float32]:
-            code = "<f4" if entry.type == GGMLQuantizationType.F32 else "<f2"
-            raw = data[entry.offset : entry.offset + entry.size_bytes]
-            return np.frombuffer(raw, code).astype(np.float32).reshape(entry.shape)
-
-        tensors = {
-            name: (array(header.tensors[f"{name}.lora_a"]), array(header.tensors[f"{name}.lora_b"]))
-            for name in base_names(header)
-        }
+        tensors = {name: adapter_pair(header, name) for name in base_names(header)}
         tokens = tuple(header.numbers(INVOCATION_KEY) or ())
         alpha = header.values["adapter.lora.alpha"][1]
         assert isinstance(alpha, float)  # check_adapter refuses anything else
@@ -177,3 +168,15 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
                 if kind == GGUFValueType.STRING and key.startswith(NAMESPACE)
             },
         )
+
+
+def adapter_pair(header: Header, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A (rank, n_in) and B (n_out, rank) of one base tensor of a checked adapter, copied, as float32."""
+    a, b = (header.tensors[f"{name}.lora_{half}"] for half in "ab")
+    return _values(header, a), _values(header, b)
+
+
+def _values(header: Header, entry: TensorEntry) -> NDArray[np.float32]:
+    code = "<f4" if entry.type == GGMLQuantizationType.F32 else "<f2"
+    raw = header.data[entry.offset : entry.offset + entry.size_bytes]
+    return np.frombuffer(raw, code).astype(np.float32).reshape(entry.shape)

@@ -1,158 +1,159 @@
-"""Tiny LLaMA models with random weights, for tests: real files that llama.cpp loads, made in milliseconds.
+"""Models with random weights, of any LLaMA shape or like a given file: real files that llama.cpp loads, tiny or as large as LLaMA-7B.
 
-The weights are scaled so that the model is as uncertain as it should be: normed activations have variance one, the
-output matrix turns them into logits with a standard deviation of 0.5, and a token's loss is about ln(n_vocab) + 0.12
-nats.
+The weights are scaled so that the model is as uncertain as it should be: normed activations have variance one, the output matrix turns
+them into logits with a standard deviation of 0.5, and a token's loss is about ln(n_vocab) + 0.12 nats.
 """
 
 from __future__ import annotations
 
 import os
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from string import ascii_lowercase
-from typing import Literal
+from typing import Any
 
 import gguf
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
+from gguf_tools.blocks import random_type, random_values
 from gguf_tools.errors import FileError
+from gguf_tools.header import MODEL_LIMITS, parse_header
+from gguf_tools.mapping import mapped
+from gguf_tools.model import read_model_info
+from gguf_tools.recipe import check_rows, file_type_of, is_matrix
+from gguf_tools.shape import TINY, LlamaShape
+from gguf_tools.stream import OutTensor, metadata_of, row_slices, write_streamed
+from gguf_tools.alphabet import add_vocabulary
 
-TensorType = Literal["F32", "F16", "Q8_0", "Q4_0"]
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # tokens 0, 1 and 2
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+Progress = Callable[[int, int], None]  # bytes done, of all
 _LOGIT_DEVIATION = 0.5
+
+
+def write_llama(
+    path: str | os.PathLike[str],
+    shape: LlamaShape,
+    *,
+    type: str = "F32",
+    seed: int = 0,
+    architecture: str = "llama",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a random model with a byte-level BPE tokenizer and a chat template; the same arguments give the same bytes.
+
+    Matrices are stored as `type`, norms as F32. `architecture` only names the file's keys: the tensors are those of `llama`.
+
+    Raises:
+        FileError: the sizes do not fit together or the type's blocks, the type is unknown, or the path cannot be written.
+    """
+    shape.check(str(path))
+    kind = random_type(type)
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_type("model")
+    writer.add_name(f"random {architecture} {seed}")
+    writer.add_block_count(shape.n_layers)
+    writer.add_context_length(shape.context_length)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_rope_dimension_count(shape.n_embd // shape.n_head)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_vocab_size(shape.n_vocab)
+    writer.add_file_type(file_type_of(kind))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_vocabulary(writer, shape.n_vocab)
+    types = {name: kind if len(each) > 1 else GGMLQuantizationType.F32 for name, each in shape.tensors().items()}
+    _write(path, writer, shape.tensors(), types, seed, force, progress)
+    return Path(path)
 
 
 def write_tiny_llama(
     path: str | os.PathLike[str],
     *,
-    n_layers: int = 3,
-    n_embd: int = 64,
-    n_head: int = 4,
-    n_head_kv: int = 2,
-    n_ff: int = 128,
-    n_vocab: int = 320,
+    type: str = "F32",
     seed: int = 0,
-    type: TensorType = "F32",
-    tied: bool = True,
     architecture: str = "llama",
-    context_length: int = 2048,
+    **sizes: Any,  # fields of LlamaShape, where they are not those of TINY
 ) -> Path:
-    """Write a random model with a byte-level BPE tokenizer and a chat template; the same arguments give the same bytes.
+    """`write_llama` of the smallest useful shape, for tests: milliseconds and 900 KB; an old file is replaced."""
+    return write_llama(path, replace(TINY, **sizes), type=type, seed=seed, architecture=architecture, force=True)
 
-    Matrices are stored as `type`, norms as F32. Without `tied` there is an output matrix of its own. `architecture`
-    only names the file's keys: the tensors are those of `llama`.
+
+def write_like(
+    path: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    type: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a model with the metadata, tokenizer and tensor shapes of `model`, but random weights, of any architecture.
+
+    Tensors keep their types; with `type`, matrices are stored as that. Norms are one, biases zero.
 
     Raises:
-        FileError: the sizes do not fit together, or the path cannot be written.
+        FileError: `model` is no model, a type cannot be made at random or does not fit a tensor, or `path` cannot be written.
     """
-    if n_vocab < 300:
-        raise FileError(
-            f"{path}: n_vocab is {n_vocab}, but 256 byte tokens, 3 special ones and merges need at least 300."
-        )
-    if n_embd % (2 * n_head) or n_head % n_head_kv:
-        raise FileError(
-            f"{path}: {n_embd} values do not divide into {n_head} heads of even size over {n_head_kv} KV heads."
-        )
-    if type in ("Q8_0", "Q4_0") and (n_embd % 32 or n_ff % 32):
-        raise FileError(f"{path}: n_embd {n_embd} and n_ff {n_ff} must be multiples of 32 for {type}.")
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_type("model")
-    writer.add_name(f"tiny {architecture} {seed}")
-    writer.add_block_count(n_layers)
-    writer.add_context_length(context_length)
-    writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(n_ff)
-    writer.add_head_count(n_head)
-    writer.add_head_count_kv(n_head_kv)
-    writer.add_rope_dimension_count(n_embd // n_head)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(n_vocab)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if type == "F32" else f"MOSTLY_{type}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, n_vocab)
-    rng = np.random.Generator(np.random.Philox(seed))
-    for name, shape, deviation in _tensors(n_layers, n_embd, n_head, n_head_kv, n_ff, n_vocab, tied):
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, np.float32))
-            continue
-        values: NDArray[np.float32] = rng.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
-        kind = gguf.GGMLQuantizationType[type]
-        writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}.") from None
-    finally:
-        writer.close()
+    info = read_model_info(model)
+    if os.path.realpath(path) == os.path.realpath(model):
+        raise FileError(f"{path}: is the model to imitate as well; the result needs another path.")
+    kind = random_type(type) if type is not None else None
+    with mapped(model) as data:
+        header = parse_header(data, str(model), MODEL_LIMITS)
+        shapes = {name: entry.shape for name, entry in header.tensors.items()}
+        types = {
+            name: kind if kind is not None and is_matrix(name, entry.shape) else random_type(entry.type.name)
+            for name, entry in header.tensors.items()
+        }
+        own = ("general.name", *(("general.file_type",) if kind is not None else ()))
+        writer = metadata_of(header, without=own)
+    writer.add_name(f"random weights in the shape of {info.name}")
+    if kind is not None:
+        writer.add_file_type(file_type_of(kind))
+    _write(path, writer, shapes, types, seed, force, progress)
     return Path(path)
 
 
-def _tensors(
-    n_layers: int, n_embd: int, n_head: int, n_head_kv: int, n_ff: int, n_vocab: int, tied: bool
-) -> list[tuple[str, tuple[int, ...], float]]:
-    """Names, shapes (n_out, n_in) and standard deviations; matrices keep the variance of what they are applied to."""
-    n_kv = n_embd // n_head * n_head_kv
-    output = _LOGIT_DEVIATION * n_embd**-0.5
-    tensors: list[tuple[str, tuple[int, ...], float]] = [
-        ("token_embd.weight", (n_vocab, n_embd), output if tied else 1.0)
-    ]
-    for i in range(n_layers):
-        for module, shape in (
-            ("attn_norm", (n_embd,)),
-            ("attn_q", (n_embd, n_embd)),
-            ("attn_k", (n_kv, n_embd)),
-            ("attn_v", (n_kv, n_embd)),
-            ("attn_output", (n_embd, n_embd)),
-            ("ffn_norm", (n_embd,)),
-            ("ffn_gate", (n_ff, n_embd)),
-            ("ffn_up", (n_ff, n_embd)),
-            ("ffn_down", (n_embd, n_ff)),
-        ):
-            tensors.append((f"blk.{i}.{module}.weight", shape, shape[-1] ** -0.5))
-    tensors.append(("output_norm.weight", (n_embd,), 1.0))
-    if not tied:
-        tensors.append(("output.weight", (n_vocab, n_embd), output))
-    return tensors
+def _write(
+    path: str | os.PathLike[str],
+    writer: gguf.GGUFWriter,
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, GGMLQuantizationType],
+    seed: int,
+    force: bool,
+    progress: Progress | None,
+) -> None:
+    rng = np.random.Generator(np.random.Philox(seed))
+    tied = "output.weight" not in shapes
+    tensors = []
+    for name, shape in shapes.items():
+        check_rows(f"{path}: {name}", shape, types[name])
+        deviation = _deviation(name, shape, tied=tied)
+        tensors.append(OutTensor(name, shape, types[name], partial(_pieces, rng, name, shape, types[name], deviation)))
+    write_streamed(path, writer, tensors, force=force, progress=progress)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
-    """Three special tokens, the 256 bytes, then pairs of letters with the merges that make them, most useful first."""
-    tokens = [END_OF_TEXT, TURN_START, TURN_END, *_byte_characters()]
-    kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 256
-    space = _byte_characters()[ord(" ")]
-    pairs = [(space, letter) for letter in ascii_lowercase] + list(product(ascii_lowercase, repeat=2))
-    merges = pairs[: n_vocab - len(tokens)]
-    tokens += [first + second for first, second in merges]
-    kinds += [gguf.TokenType.NORMAL] * len(merges)
-    n_unused = n_vocab - len(tokens)
-    tokens += [f"<|unused_{i}|>" for i in range(n_unused)]
-    kinds += [gguf.TokenType.UNUSED] * n_unused
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([f"{first} {second}" for first, second in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_eot_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+def _deviation(name: str, shape: tuple[int, ...], *, tied: bool) -> float:
+    """Standard deviation of a matrix's weights: it keeps the variance of what it is applied to, or makes logits."""
+    if name == "output.weight" or (name == "token_embd.weight" and tied):
+        return _LOGIT_DEVIATION * float(shape[-1] ** -0.5)
+    return 1.0 if name == "token_embd.weight" else float(shape[-1] ** -0.5)
 
 
-def _byte_characters() -> list[str]:
-    """The printable character for each byte in byte-level BPE: itself, or the next one free from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    characters, n_moved = [], 0
-    for byte in range(256):
-        characters.append(chr(byte if byte in printable else 256 + n_moved))
-        n_moved += byte not in printable
-    return characters
+def _pieces(
+    rng: np.random.Generator, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, deviation: float
+) -> Iterator[NDArray[Any]]:
+    """A tensor's bytes, drawn when they are asked for, so that the order of asking is that of the file."""
+    if len(shape) == 1:
+        constant = np.zeros if name.endswith(".bias") else np.ones
+        yield quantize(constant(shape, np.float32), kind).view(np.uint8)
+        return
+    for start, end in row_slices(shape):
+        yield random_values(rng, (end - start) * shape[-1], kind, deviation)

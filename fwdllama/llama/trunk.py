@@ -20,7 +20,7 @@ from fwdllama.llama.context import Context, ContextOptions, Tokens
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.prompts import plan
 from gguf_tools.errors import FileError
-from gguf_tools.quantize import extract_layers
+from gguf_tools.split import extract_layers
 
 log = logging.getLogger("fwdllama.llama")
 
@@ -48,11 +48,11 @@ def cut(model_path: Path, sha256: str, first: int, cache: Path) -> Parts | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not parts.trunk.exists():
-            extract_layers(model_path, parts.trunk, 0, first + 1)
+            extract_layers(model_path, parts.trunk, 0, first + 1, force=True)
         if not parts.top.exists():
             from gguf_tools.model import read_model_info
 
-            extract_layers(model_path, parts.top, first, read_model_info(model_path).n_layers)
+            extract_layers(model_path, parts.top, first, read_model_info(model_path).n_layers, force=True)
     except (FileError, OSError) as error:
         log.warning("every probe computes all layers: %s", error)
         return None

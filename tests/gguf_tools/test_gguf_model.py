@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from gguf_tools.adapter import Adapter, write_adapter
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256, read_model_info
-from gguf_tools.synth import CHAT_TEMPLATE, write_tiny_llama
+from gguf_tools.synth import write_tiny_llama
+from gguf_tools.alphabet import CHAT_TEMPLATE
 
 
 def write_model(path: Path, *, leave_out: str = "", **values: Any) -> Path:
@@ -55,7 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_is_described_as_it_was_written(tiny: Path) -> None:
     info = read_model_info(tiny)
-    assert (info.path, info.architecture, info.name) == (tiny, "llama", "tiny llama 0")
+    assert (info.path, info.architecture, info.name) == (tiny, "llama", "random llama 0")
     assert (info.n_layers, info.n_embd, info.n_head, info.n_head_kv, info.n_vocab) == (3, 64, 4, 2, 320)
     assert (info.context_length, info.size_bytes) == (2048, tiny.stat().st_size)
     assert (info.quantisation, info.file_type) == ("Q8_0", 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import pytest
 
 from gguf_tools.errors import FileError
 from gguf_tools.model import read_model_info
-from gguf_tools.quantize import extract_layers, quantize_model
+from gguf_tools.quantize import quantize_model
+from gguf_tools.split import extract_layers
 from gguf_tools.synth import write_tiny_llama
 
 
@@ -143,7 +145,7 @@ def test_what_llama_cpp_refuses_is_reported_in_its_words_and_the_old_target_stay
     with pytest.raises(
         FileError, match=r"unknown.gguf: cannot be quantised to Q8_0: unknown model architecture: 'lloma'"
     ):
-        quantize_model(unknown, target, "Q8_0", n_threads=1)
+        quantize_model(unknown, target, "Q8_0", n_threads=1, force=True)
     assert target.read_bytes() == b"precious"
     assert {path.name for path in tmp_path.iterdir()} == {"unknown.gguf", "target.gguf"}
 
@@ -152,9 +154,9 @@ def test_what_llama_cpp_refuses_is_reported_in_its_words_and_the_old_target_stay
     ("kind", "where", "sentence"),
     [
         ("Q9_9", "q.gguf", "quantisation type 'Q9_9' is unknown; these can be made: F32, F16"),
-        ("IQ2_XXS", "q.gguf", "quantisation type 'IQ2_XXS' is unknown"),
-        ("Q8_0", ".", "is a directory, but a file to write was expected"),
-        ("Q8_0", "gone/q.gguf", "q.gguf: cannot be written: No such file or directory"),
+        ("IQ2_XXS", "q.gguf", "quantisation type IQ2_XXS has so few bits that it needs importance data; see --imatrix"),
+        ("Q8_0", ".", "already exists; give another name, or --force to replace it"),
+        ("Q8_0", "gone/q.gguf", "q.gguf: the folder .*gone does not exist; create it first"),
     ],
 )
 def test_what_cannot_be_written_is_refused(kind: str, where: str, sentence: str, source: Path, tmp_path: Path) -> None:
@@ -182,9 +184,10 @@ QUIETLY = """
 import sys
 import llama_cpp
 from gguf_tools.errors import FileError
-from gguf_tools.quantize import extract_layers, quantize_model
+from gguf_tools.quantize import quantize_model
+from gguf_tools.split import extract_layers
 quantize_model(sys.argv[1], sys.argv[2], "Q8_0", n_threads=1)
-extract_layers(sys.argv[1], sys.argv[2], 1, 3)
+extract_layers(sys.argv[1], sys.argv[2], 1, 3, force=True)
 """
 
 DISK_FULL = """
@@ -219,6 +222,38 @@ def test_a_full_disk_is_named_and_leaves_nothing(source: Path, tmp_path: Path) -
     result = run(DISK_FULL, source, tmp_path / "q.gguf")
     assert "cannot be quantised to Q8_0: the result could not be written; is the disk full?" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_ctrl_c_and_what_progress_raises_end_the_work_at_once_and_leave_nothing(by_signal: bool, tmp_path: Path) -> None:
+    """And the next file can be written again."""
+    path = write_tiny_llama(tmp_path / "f32.gguf", n_layers=8, n_embd=256, n_ff=512)
+    seen = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 5:
+            if by_signal:
+                signal.raise_signal(signal.SIGINT)
+            else:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(path, tmp_path / "q.gguf", "Q8_0", n_threads=1, progress=stop)
+    assert seen == [(i, 74) for i in range(1, 6)]
+    assert [each.name for each in tmp_path.iterdir()] == ["f32.gguf"]
+    assert quantize_model(path, tmp_path / "q.gguf", "Q8_0", n_threads=1).quantisation == "Q8_0"
+
+
+def test_a_file_that_is_there_is_replaced_only_when_forced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.gguf").write_bytes(b"precious")
+    for make in (lambda **more: quantize_model(source, tmp_path / "q.gguf", "Q8_0", n_threads=1, **more),
+                 lambda **more: extract_layers(source, tmp_path / "q.gguf", 1, 3, **more)):  # fmt: skip
+        with pytest.raises(FileError, match=r"q.gguf: already exists; give another name, or --force to replace it"):
+            make()
+        assert (tmp_path / "q.gguf").read_bytes() == b"precious"
+        make(force=True)
+        (tmp_path / "q.gguf").write_bytes(b"precious")
 
 
 @pytest.mark.model

@@ -6,9 +6,20 @@ from types import ModuleType
 
 import typer
 
-from fwdllama.cli.gguf import average, convert, diff, inspect, peft, validate
+from fwdllama.cli.gguf import average, convert, diff, inspect, merge, peft, quantize, split, synth, validate
 
-MODULES: tuple[ModuleType, ...] = (average, convert, diff, inspect, peft, validate)  # each has register(group)
+MODULES: tuple[ModuleType, ...] = (  # each has register(group)
+    average,
+    convert,
+    diff,
+    inspect,
+    merge,
+    peft,
+    quantize,
+    split,
+    synth,
+    validate,
+)
 
 
 def register(app: typer.Typer) -> None:
