@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from gguf_tools.errors import FileError
 from gguf_tools.alphabet import MIN_TOKENS
+from gguf_tools.errors import FileError
 
 
 @dataclass(frozen=True)

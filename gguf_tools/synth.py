@@ -19,6 +19,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
+from gguf_tools.alphabet import add_vocabulary
 from gguf_tools.blocks import random_type, random_values
 from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, parse_header
@@ -27,7 +28,6 @@ from gguf_tools.model import read_model_info
 from gguf_tools.recipe import check_rows, file_type_of, is_matrix
 from gguf_tools.shape import TINY, LlamaShape
 from gguf_tools.stream import OutTensor, metadata_of, row_slices, write_streamed
-from gguf_tools.alphabet import add_vocabulary
 
 Progress = Callable[[int, int], None]  # bytes done, of all
 _LOGIT_DEVIATION = 0.5

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_tools.adapter import Adapter, write_adapter
+from gguf_tools.alphabet import CHAT_TEMPLATE
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256, read_model_info
 from gguf_tools.synth import write_tiny_llama
-from gguf_tools.alphabet import CHAT_TEMPLATE
 
 
 def write_model(path: Path, *, leave_out: str = "", **values: Any) -> Path:
