@@ -12,7 +12,6 @@ repeat themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -108,8 +107,8 @@ class _Graph:
 
     def allocated_bytes(self) -> int:
         memory = _Allocator()
-        for tensor in self.inputs:
-            tensor.offset = memory.place(tensor.size)
+        for given in self.inputs:
+            given.offset = memory.place(given.size)
         for tensor, operands, in_place in self.nodes:
             if tensor is not None:
                 taken = next((o for o in operands if in_place and o.n_users == 1 and o.size == tensor.size and o.offset is not None), None)
@@ -238,9 +237,3 @@ def _operand_bytes(kind: str, n_values: int) -> int:
     operand = GGMLQuantizationType.Q8_K if kind in _TO_Q8_K else GGMLQuantizationType.Q8_0
     block, size = GGML_QUANT_SIZES[operand]
     return math.ceil(n_values / block) * size
-
-
-def matrix_bytes(shape: Sequence[int], kind: str) -> int:
-    """Bytes of a tensor of this shape and type."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return math.prod(shape) // block * size

@@ -52,34 +52,25 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
         BenchError: the run is of another scope than `answer`.
     """
     from fwdllama.checkpoint import genesis_of, read_facts, read_metrics
-    from fwdllama.config import layer_band, read_config
+    from fwdllama.config import read_config
     from fwdllama.encode import Encoder, model_template
     from fwdllama.ledger import read_ledger, replay
     from fwdllama.llama.context import ContextOptions
     from fwdllama.llama.model import Model
     from fwdllama.llama.oracle import LlamaOracle
-    from fwdllama.machine import CELLS, default_threads
-    from fwdllama.space import build_space
+    from fwdllama.machine import default_threads
+    from fwdllama.memory import space_of
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.adapter import read_adapter
     from gguf_tools.model import read_model_info
+    from gguf_tools.plan import CELLS
 
     facts, config = read_facts(run), read_config(run / "config.json")
-    wanted = config.space
-    if wanted.scope != "answer":
-        raise BenchError(f"{run} was trained with scope {wanted.scope}, but the race is for scope answer.")
+    if config.space.scope != "answer":
+        raise BenchError(f"{run} was trained with scope {config.space.scope}, but the race is for scope answer.")
     path = Path(facts["files"]["model"])
     info = read_model_info(path)
-    space = build_space(
-        {name: (shape[0], shape[1]) for name, (shape, _) in info.tensors.items() if len(shape) == 2},
-        info.n_layers,
-        modules=wanted.modules,
-        layers=wanted.layers or layer_band(info.n_layers),
-        rank=wanted.rank,
-        alpha=wanted.alpha,
-        train=wanted.train,
-        seed=config.seed,
-    )
+    space = space_of(info, config)
     space = replace(space, a={name: a for name, (a, _) in read_adapter(run / "initial.gguf").tensors.items()})
     n_threads = config.engine.n_threads or default_threads()
     n_ctx = int(facts["identity"]["context"])
@@ -102,7 +93,7 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
                 curve.append((row["elapsed_s"], float(oracle.losses().mean())))
                 if curve[-1][1] <= min(LOSSES):
                     break
-    return curve, Job(path, run / "initial.gguf", n_threads, questions, pool), wanted.train
+    return curve, Job(path, run / "initial.gguf", n_threads, questions, pool), config.space.train
 
 
 def drawn_questions(encoder: Any, examples: Sequence[Any], n: int) -> list[Encoded]:

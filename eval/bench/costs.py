@@ -73,28 +73,18 @@ def near(examples: Sequence[Encoded], n_tokens: int, n: int) -> list[Encoded]:
 
 def probe_times(model: str, data: Path, n_examples: int, n_rounds: int) -> tuple[dict[str, ProbeTimes], float]:
     """Times with the whole model and with trunk and top, and the mean length of the prompts in tokens."""
-    from fwdllama.config import layer_band, make_config
+    from fwdllama.config import make_config
     from fwdllama.encode import Encoder, model_template
     from fwdllama.llama.model import Model
     from fwdllama.llama.trunk import cut
+    from fwdllama.memory import space_of
     from fwdllama.models import default_cache_dir, resolve
-    from fwdllama.space import build_space
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.model import file_sha256, read_model_info
 
     config, path = make_config({"budget": {"steps": 1}}), resolve(model)
     info = read_model_info(path)
-    wanted = config.space
-    space = build_space(
-        {name: (shape[0], shape[1]) for name, (shape, _) in info.tensors.items() if len(shape) == 2},
-        info.n_layers,
-        modules=wanted.modules,
-        layers=wanted.layers or layer_band(info.n_layers),
-        rank=wanted.rank,
-        alpha=wanted.alpha,
-        train=wanted.train,
-        seed=config.seed,
-    )
+    space = space_of(info, config)
     found = {}
     with Model(path) as whole:
         encoder = Encoder(whole, model_template(whole, config.template, "squad"))
@@ -112,7 +102,8 @@ def _pair(model: Any, space: Space, examples: list[Encoded], parts: Any, n_round
     from fwdllama.llama.model import ModelOptions
     from fwdllama.llama.oracle import LlamaOracle
     from fwdllama.llama.trunk import Trunk
-    from fwdllama.machine import CELLS, default_threads
+    from fwdllama.machine import default_threads
+    from gguf_tools.plan import CELLS
 
     n_ctx = -(-max(e.n_tokens for e in examples) // CELLS) * CELLS
     options = ContextOptions(n_ctx, len(examples), n_outputs=64, n_threads=default_threads(), flash=False)

@@ -6,7 +6,9 @@ from types import ModuleType
 
 import typer
 
-MODULES: tuple[ModuleType, ...] = ()  # each has register(group)
+from fwdllama.cli.gguf import plan
+
+MODULES: tuple[ModuleType, ...] = (plan,)  # each has register(group)
 
 
 def register(app: typer.Typer) -> None:
