@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fwdllama.config import TrainConfig, layer_band
+from fwdllama.config import TrainConfig
+from fwdllama.layout import space_of
 from fwdllama.llama.activation import MAX_TOKENS
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
-from fwdllama.space import Space, build_space
+from fwdllama.space import Space
 from gguf_tools.graph import EXACT_KV_TYPES
 from gguf_tools.model import ModelInfo
 from gguf_tools.plan import Item, Part, Sizes, context_items, model_items
@@ -118,21 +119,6 @@ def _losses(info: ModelInfo, n_rows: int) -> Item:
     return Item(f"losses of {n_rows} tokens at once", 2 * 4 * n_rows * info.n_vocab)
 
 
-def space_of(info: ModelInfo, config: TrainConfig) -> Space:
-    """What is trained of a model."""
-    wanted = config.space
-    return build_space(
-        {name: (shape[0], shape[1]) for name, (shape, _) in info.tensors.items() if len(shape) == 2},
-        info.n_layers,
-        modules=wanted.modules,
-        layers=wanted.layers or layer_band(info.n_layers),
-        rank=wanted.rank,
-        alpha=wanted.alpha,
-        train=wanted.train,
-        seed=config.seed,
-    )
-
-
 def training_options(config: TrainConfig, shape: Shape, n_threads: int) -> ContextOptions:
     """The context in which probes are evaluated."""
     engine = config.engine
@@ -149,7 +135,7 @@ def training_options(config: TrainConfig, shape: Shape, n_threads: int) -> Conte
 
 def training(info: ModelInfo, config: TrainConfig, shape: Shape) -> Plan:
     """A whole run, on a machine that has neither the model's parts nor its A matrices from an earlier one."""
-    space = space_of(info, config)
+    space = space_of(config, info)
     engine, first = config.engine, space.first_layer
     options = training_options(config, shape, 1)
     cut = engine.trunk and config.estimator.objective == "nll" and first > 0 and can_be_cut(info, first)

@@ -5,7 +5,6 @@ Whatever can be refused is refused before the model is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,16 +17,16 @@ import numpy as np
 from fwdllama.batches import EncodedUnits, RollingBatches, grouped, groups_of, shuffled
 from fwdllama.calibration import Calibration, calibrate, measure
 from fwdllama.checkpoint import RunDirectory, State
-from fwdllama.config import TrainConfig, layer_band
+from fwdllama.config import TrainConfig
 from fwdllama.encode import Encoder, model_template
 from fwdllama.engine import BASE_KEY
-from fwdllama.llama.activation import activation_a, cached_rows, module_inputs, store_rows
+from fwdllama.layout import informed, space_of
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
 from fwdllama.llama.scoring import ScoreOracle
 from fwdllama.llama.trunk import Trunk, cut
 from fwdllama.machine import check_memory, default_threads
-from fwdllama.memory import MIN_OUTPUTS, Shape, space_of, to_load, training, training_options
+from fwdllama.memory import MIN_OUTPUTS, Shape, to_load, training, training_options
 from fwdllama.models import default_cache_dir
 from fwdllama.oracle import LossOracle
 from fwdllama.space import Space
@@ -40,7 +39,6 @@ from gguf_tools.adapter import Adapter, write_adapter
 from gguf_tools.model import ModelInfo, file_sha256, read_model_info
 from gguf_tools.plan import CELLS
 
-ACTIVATION_EXAMPLES = 40  # any 40; the 8 shortest, about 80 answer tokens, gave a much worse A (LOG.md)
 FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
 CALIBRATION_UNITS = 2  # of the first batch
 EPS_GUESS = 0.008  # where the search for eps begins, with activation-informed A
@@ -190,9 +188,7 @@ def opened(
 ) -> Iterator[Session]:
     """Load data and model, lay out the space, choose A (or take `a`), and close everything in order at the end."""
     info = read_model_info(model_path)
-    wanted = config.space
-    band = wanted.layers or layer_band(info.n_layers)
-    space = space_of(info, config)
+    space = space_of(config, info)
     dataset = source.load()
     train_set, watched = split_by_group(dataset, _held_out_share(config, dataset), config.seed)
     engine = config.engine
@@ -229,22 +225,15 @@ def opened(
         if parts:
             trunk = Trunk(parts, context_options, options, unit_size)
             resources.callback(trunk.close)
-        if a is None and wanted.init == "activation":
+        if a is not None:
+            space = replace(space, a=a)
+        elif config.space.init == "activation":
             fitting = [e for e in sample if e.n_tokens <= n_ctx] or [e for e in batches.batch(0)[0] if e is not None]
-            fitting = fitting[:ACTIVATION_EXAMPLES]
-            names = [m.name for m in space.matrices]
-            key = _activation_key(sha256, fitting, names, config)
-            a = cached_rows(default_cache_dir() / "activations" / f"{key}.npz", names)
-            if a is None:
-                hooks.on_event(f"choosing A from what the adapted modules see in {len(fitting)} examples (kept for the next run)")
-                inputs = module_inputs(model, context_options, fitting, names, wanted.scope, trunk)
-                a = activation_a(inputs, space.rank)
-                store_rows(default_cache_dir() / "activations" / f"{key}.npz", a)
-        space = replace(space, a=a)
-        oracle = resources.enter_context(LlamaOracle(model, space, wanted.scope, context_options, trunk=trunk))
+            space = informed(space, config, sha256, model, context_options, fitting, trunk, hooks.on_event)
+        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, context_options, trunk=trunk))
         losses: LossOracle = ScoreOracle(oracle) if config.estimator.objective == "f1" else oracle
         hooks.on_event(
-            f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {band[0]}-{band[1]}, "
+            f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {space.first_layer}-{space.last_layer}, "
             f"rewritten by {oracle.adapter.writing}"
         )
         yield Session(
@@ -269,12 +258,6 @@ def opened(
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What of a configuration decides what is learned."""
     return config.model_dump(mode="json", exclude={"budget", "engine"})
-
-
-def _activation_key(sha256: str, examples: list[Encoded], names: list[str], config: TrainConfig) -> str:
-    """Names everything that the activation-informed A follows from."""
-    parts = (sha256, [(e.prompt, e.invocation, e.target) for e in examples], names, config.space.rank, config.space.scope)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _fitting(lengths: list[int], most: int) -> int:

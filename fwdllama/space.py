@@ -51,6 +51,7 @@ class Space:
     seed: int
     n_params: int
     first_layer: int
+    last_layer: int
     a: Mapping[str, NDArray[np.float32]] | None = field(default=None, compare=False, repr=False)  # None: drawn from seed
 
     def initial_a(self) -> dict[str, NDArray[np.float32]]:
@@ -141,4 +142,4 @@ def build_space(
                 a_start, start = start, start + rank * n_in
             matrices.append(Matrix(name, n_out, n_in, start, a_start))
             start += n_out * rank
-    return Space(tuple(matrices), rank, alpha, train, seed, start, first)
+    return Space(tuple(matrices), rank, alpha, train, seed, start, first, last)

@@ -54,12 +54,12 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
     from fwdllama.checkpoint import genesis_of, read_facts, read_metrics
     from fwdllama.config import read_config
     from fwdllama.encode import Encoder, model_template
+    from fwdllama.layout import space_of
     from fwdllama.ledger import read_ledger, replay
     from fwdllama.llama.context import ContextOptions
     from fwdllama.llama.model import Model
     from fwdllama.llama.oracle import LlamaOracle
     from fwdllama.machine import default_threads
-    from fwdllama.memory import space_of
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.adapter import read_adapter
     from gguf_tools.model import read_model_info
@@ -70,7 +70,7 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
         raise BenchError(f"{run} was trained with scope {config.space.scope}, but the race is for scope answer.")
     path = Path(facts["files"]["model"])
     info = read_model_info(path)
-    space = space_of(info, config)
+    space = space_of(config, info)
     space = replace(space, a={name: a for name, (a, _) in read_adapter(run / "initial.gguf").tensors.items()})
     n_threads = config.engine.n_threads or default_threads()
     n_ctx = int(facts["identity"]["context"])

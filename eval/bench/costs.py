@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fwdllama.types import Encoded
 
 PROMPT_TOKENS = 190  # of the examples whose probes are timed
-N_EXAMPLES, N_ROUNDS = 8, 6
+N_PROBES, N_ROUNDS = 4, 6  # different probes, each of as many examples as training gives it, and how often each is timed
 EPS = 0.01  # of a probe; any that is not zero costs the same
 MEMORY_ROUNDS = 3
 STARTS = 3
@@ -32,7 +32,7 @@ FIRST_PROBE = "measuring slopes"  # training says it immediately before its firs
 
 @dataclass(frozen=True)
 class ProbeTimes:
-    """Probes of the same examples, in pairs: seconds with the prompt kept and with it recomputed, and tokens decoded in each."""
+    """Probes of the same examples, in pairs: seconds with the prompts kept and with them recomputed, and tokens decoded in each."""
 
     answer_s: list[float]
     all_s: list[float]
@@ -45,59 +45,69 @@ class ProbeTimes:
         return median(a / b for a, b in zip(self.answer_s, self.all_s, strict=True))
 
 
-def timed_probes(answer: LlamaOracle, whole: LlamaOracle, n_examples: int, n_rounds: int) -> ProbeTimes:
-    """Time probes (theta written, one example's loss asked) of both oracles in turns; both hold the same examples."""
+def timed_probes(answer: LlamaOracle, whole: LlamaOracle, probes: Sequence[Sequence[int]], n_rounds: int) -> ProbeTimes:
+    """Time probes (theta written, the losses of some rows asked) of both oracles in turns; both hold the same examples."""
     from fwdllama.direction import direction
 
     oracles = (answer, whole)
     seconds: tuple[list[float], list[float]] = ([], [])
     for oracle in oracles:
-        oracle.losses([0])  # the first decode of each makes its graph
+        oracle.losses(probes[0])  # the first decode of each makes its graph
     tokens = [oracle.n_decoded for oracle in oracles]
-    n = n_rounds * n_examples
+    n = n_rounds * len(probes)
     for pair in range(n):
         theta = EPS * direction(pair, answer.space.n_params)
         for side in (pair % 2, 1 - pair % 2):
             begun = time.perf_counter()
             oracles[side].write(theta)
-            oracles[side].losses([pair % n_examples])
+            oracles[side].losses(probes[pair % len(probes)])
             seconds[side].append(time.perf_counter() - begun)
     decoded = [(oracle.n_decoded - before) / n for oracle, before in zip(oracles, tokens, strict=True)]
     return ProbeTimes(*seconds, *decoded)
 
 
 def near(examples: Sequence[Encoded], n_tokens: int, n: int) -> list[Encoded]:
-    """The n examples whose prompts are nearest to n_tokens long."""
-    return sorted(examples, key=lambda e: abs(len(e.prompt) - n_tokens))[:n]
+    """The n examples whose prompts are nearest to n_tokens long, similar lengths of answer beside each other as in training."""
+    nearest = sorted(examples, key=lambda e: abs(len(e.prompt) - n_tokens))[:n]
+    return sorted(nearest, key=lambda e: len(e.target))
 
 
-def probe_times(model: str, data: Path, n_examples: int, n_rounds: int) -> tuple[dict[str, ProbeTimes], float]:
-    """Times with the whole model and with trunk and top, and the mean length of the prompts in tokens."""
+def probe_times(model: str, data: Path, n_probes: int, n_rounds: int) -> tuple[dict[str, ProbeTimes], float]:
+    """Times with the whole model and with trunk and top, and the mean length of the prompts in tokens.
+
+    A probe takes `examples_per_probe` examples of different paragraphs, as in training, so recomputing finds no prompt to share.
+    """
+    from fwdllama.batches import groups_of
     from fwdllama.config import make_config
     from fwdllama.encode import Encoder, model_template
+    from fwdllama.layout import space_of
     from fwdllama.llama.model import Model
     from fwdllama.llama.trunk import cut
-    from fwdllama.memory import space_of
     from fwdllama.models import default_cache_dir, resolve
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.model import file_sha256, read_model_info
 
     config, path = make_config({"budget": {"steps": 1}}), resolve(model)
     info = read_model_info(path)
-    space = space_of(info, config)
+    space = space_of(config, info)
     found = {}
     with Model(path) as whole:
         encoder = Encoder(whole, model_template(whole, config.template, "squad"))
-        examples = near([encoder.example(e) for e in load_dataset(data, limit=500).examples], PROMPT_TOKENS, n_examples)
-        found["whole"] = _pair(whole, space, examples, None, n_rounds)
+        units = groups_of(load_dataset(data, limit=500).examples, config.batch.per_unit)
+        size = config.estimator.examples_per_probe
+        examples = near([encoder.example(unit[0]) for unit in units], PROMPT_TOKENS, n_probes * size)
+        probes = [range(start, start + size) for start in range(0, len(examples), size)]
+        found["whole"] = _pair(whole, space, examples, None, probes, n_rounds)
     parts = cut(path, file_sha256(path, default_cache_dir()), space.first_layer, default_cache_dir())
     if parts is not None:
         with Model(parts.top) as top:
-            found["trunk"] = _pair(top, space, examples, parts, n_rounds)
+            found["trunk"] = _pair(top, space, examples, parts, probes, n_rounds)
     return found, fmean(len(e.prompt) for e in examples)
 
 
-def _pair(model: Any, space: Space, examples: list[Encoded], parts: Any, n_rounds: int) -> ProbeTimes:
+def _pair(
+    model: Any, space: Space, examples: list[Encoded], parts: Any, probes: Sequence[Sequence[int]], n_rounds: int
+) -> ProbeTimes:
     from fwdllama.llama.context import ContextOptions
     from fwdllama.llama.model import ModelOptions
     from fwdllama.llama.oracle import LlamaOracle
@@ -117,13 +127,13 @@ def _pair(model: Any, space: Space, examples: list[Encoded], parts: Any, n_round
             oracle = resources.enter_context(LlamaOracle(model, space, scope, options, trunk=trunk))
             oracle.load(examples)
             oracles.append(oracle)
-        return timed_probes(oracles[0], oracles[1], len(examples), n_rounds)
+        return timed_probes(oracles[0], oracles[1], probes, n_rounds)
 
 
 def probe_cost(bench: Bench) -> Measured:
     """Time both scopes with the whole model, where the prompt is all that differs, and with the trunk, as training runs."""
-    found, prompt_tokens = in_child(probe_times, bench.model, bench.train_data, N_EXAMPLES, N_ROUNDS)
-    figures: dict[str, Any] = {"prompt_tokens": prompt_tokens, "pairs": N_EXAMPLES * N_ROUNDS}
+    found, prompt_tokens = in_child(probe_times, bench.model, bench.train_data, N_PROBES, N_ROUNDS)
+    figures: dict[str, Any] = {"prompt_tokens": prompt_tokens, "pairs": N_PROBES * N_ROUNDS}
     for kind, prefix in (("whole", ""), ("trunk", "trunk_")):
         if kind in found:
             times = found[kind]

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from fwdllama.answering import answer_dataset, open_engine
+from fwdllama.config import EstimatorConfig
 from fwdllama.errors import ResourceError, UsageError
 from fwdllama.tasks.load import load_dataset
 from fwdllama.tasks.template import seed_template
@@ -421,10 +422,11 @@ def values(steps: int) -> dict[str, Any]:
 
 
 def test_a_probe_with_the_prompt_kept_decodes_a_fraction_of_the_tokens(bench: Bench) -> None:
-    found, prompt_tokens = costs.probe_times(bench.model, bench.train_data, 4, 2)
+    found, prompt_tokens = costs.probe_times(bench.model, bench.train_data, 2, 4)
+    size = EstimatorConfig().examples_per_probe
     for times in found.values():
         assert len(times.answer_s) == len(times.all_s) == 8
-        assert times.all_tokens - times.answer_tokens == pytest.approx(prompt_tokens)
+        assert times.all_tokens - times.answer_tokens == pytest.approx(size * prompt_tokens)
         assert times.ratio == pytest.approx(sorted(a / b for a, b in zip(times.answer_s, times.all_s, strict=True))[3], rel=1)
     assert set(found) == {"whole", "trunk"}
 
