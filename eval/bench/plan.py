@@ -1,0 +1,76 @@
+"""Memory predicted by `fwdllama gguf plan` against what the kernel counted, evaluating and training, in two settings each.
+
+Runs are as short as reaches their peak: one step of one round, a few questions. A large model gets few sequences and a random A, because
+choosing it by activations takes minutes there and is a phase of its own, whose peak is not training's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .child import run
+from .measure import Bar, Bench, Item, Measured
+from .runs import train_words
+
+LARGE_BYTES = 1 << 30  # of weights
+CTX = 256
+QUESTIONS = 16
+SETTINGS = {"default": (), "small": ("--mmap", "--no-repack", "--kv-type", "q8_0")}
+
+
+def models(name: str) -> list[str]:
+    """All variants of a model that is known by name; a path is itself.
+
+    >>> models("some/file.gguf")
+    ['some/file.gguf']
+    """
+    from fwdllama.registry import REGISTRY
+
+    entry = REGISTRY.get(name)
+    return [name] if entry is None else [f"{name}:{variant}" for variant in entry.variants]
+
+
+def plan(bench: Bench) -> Measured:
+    """Plan, evaluate and train each variant in each setting."""
+    from fwdllama.models import resolve
+
+    figures: dict[str, Any] = {}
+    errors = []
+    for model in models(bench.model):
+        large = resolve(model).stat().st_size > LARGE_BYTES
+        for name, words in SETTINGS.items():
+            for task, (predicted, measured) in _pairs(bench, model, words, large).items():
+                label = f"{model.rpartition('/')[2]} {task} {name}"
+                figures |= {f"{label} predicted_bytes": predicted, f"{label} peak_bytes": measured, f"{label} ratio": predicted / measured}
+                errors.append(abs(predicted / measured - 1))
+    return Measured({"worst_error": max(errors), **figures}, "fwdllama bench plan")
+
+
+def _pairs(bench: Bench, model: str, words: tuple[str, ...], large: bool) -> dict[str, tuple[int, int]]:
+    """Predicted and measured bytes of each task."""
+    n_units, n_held_out, n_questions = (1, 2, 2) if large else (8, 32, bench.questions(QUESTIONS))
+    shared = ("--ctx", CTX, *words)
+    planned = run(bench, "gguf", "plan", model, "--batch", n_units, "--held-out", n_held_out, *shared, "--json").json
+    options = ("--batch", n_units, "--limit", n_questions, *shared, "--json")
+    answered = run(bench, "eval", "--model", model, "--data", bench.train_data, *options)
+    batch = ("--units", n_units, "--fresh", min(3, n_units), "--held-out", n_held_out, "--rounds", 1, "--steps", 1, *shared)
+    init = ("--init", "random") if large else ()
+    trained = run(bench, *train_words(bench, bench.fresh("plan"), *batch, *init, model=model))
+    phases = {phase["name"]: phase["total_bytes"] for phase in planned["train"]["phases"]}
+    return {
+        "eval": (planned["eval"]["peak_bytes"], answered.peak_bytes),
+        "train": (phases["training"] if large else planned["train"]["peak_bytes"], trained.peak_bytes),
+    }
+
+
+ITEMS = (
+    Item(
+        "plan",
+        "peak memory as planned against measured, evaluating and training, every variant of the model",
+        (Bar("worst_error", "<=", 0.1),),
+        ("worst_error",),
+        ("data",),
+        8,
+        plan,
+    ),
+)
