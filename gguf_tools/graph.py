@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -130,19 +131,53 @@ def _aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class Widths:
-    """Values a token in the widest layer: of queries, keys, values, and between the feed-forward matrices."""
+    """What of a model decides over its graph: values a token of each kind of tensor, and where the architecture differs.
 
-    query: int
-    key: int
-    value: int
+    `windows` is kinds of attention masks, 2 where some layers see a sliding window only; `post_norms` are behind attention and feed-forward.
+    """
+
+    n_embd: int
+    n_head: int
+    n_vocab: int
+    n_layers: int
+    key_length: int
+    value_length: int
+    n_head_kv: int
     feed_forward: int
+    windows: int
+    post_norms: bool
 
     @classmethod
     def of(cls, info: ModelInfo) -> Widths:
         """Those of a model; of experts, the widest matrix."""
         down = [shape[-1] for name, (shape, _) in info.tensors.items() if ".ffn_down" in name and name.endswith(".weight")]
-        most = max(info.kv_heads)
-        return cls(info.n_head * info.key_length, most * info.key_length, most * info.value_length, max(down, default=info.n_embd))
+        return cls(
+            info.n_embd,
+            info.n_head,
+            info.n_vocab,
+            info.n_layers,
+            info.key_length,
+            info.value_length,
+            max(info.kv_heads),
+            max(down, default=info.n_embd),
+            2 if info.architecture.startswith(("gemma2", "gemma3")) else 1,
+            any(name.endswith("post_attention_norm.weight") for name in info.tensors),
+        )
+
+    @property
+    def query(self) -> int:
+        """Values of all queries of a token."""
+        return self.n_head * self.key_length
+
+    @property
+    def key(self) -> int:
+        """Values of all its keys."""
+        return self.n_head_kv * self.key_length
+
+    @property
+    def value(self) -> int:
+        """Values of all its values."""
+        return self.n_head_kv * self.value_length
 
 
 def compute_bytes(info: ModelInfo, decode: Decode) -> int:
@@ -150,15 +185,26 @@ def compute_bytes(info: ModelInfo, decode: Decode) -> int:
 
     Exact for the architecture `llama` and within a few percent for those that differ by a norm or a bias.
     """
-    n, flash, rank = decode.n_tokens, decode.flash, decode.lora_rank
-    widths, n_embd = Widths.of(info), info.n_embd
-    windows = 2 if any(name in info.architecture for name in ("gemma2", "gemma3", "gemma3n")) else 1  # with and without a sliding window
+    return _compute_bytes(Widths.of(info), decode)
+
+
+@lru_cache(maxsize=1024)  # searching for a setting that fits asks for the same context many times
+def _compute_bytes(widths: Widths, decode: Decode) -> int:
+    n, flash, rank, n_embd = decode.n_tokens, decode.flash, decode.lora_rank, widths.n_embd
     graph = _Graph()
     tokens = graph.input(n)
     graph.input(n * n_embd)  # for a decode of embeddings; never freed, because a decode of tokens has no use for it
     positions = graph.input(n)
+    # A quantised cache holds heads multiplied with a Hadamard matrix, so that their outliers are smaller: for keys as large as the largest
+    # power of two that divides a head, for values the smallest.
+    rotated = decode.kv_type.lower() not in EXACT_KV_TYPES and widths.key_length % 64 == 0
+    turn_keys, turn_values = (graph.input(side**2) if rotated else None for side in (widths.key_length & -widths.key_length, 64))
+
+    def rotate(x: _Tensor, width: int, turn: _Tensor | None) -> _Tensor:
+        return x if turn is None else graph.node(n * width, turn, x)
+
     masks = []
-    for _ in range(windows):
+    for _ in range(widths.windows):
         keys = graph.input(n, 8)
         values = graph.input(n if flash else n * widths.value, 8)  # without flash attention V is stored transposed, value by value
         mask = graph.input(decode.n_cells * n, 2 if flash else 4)
@@ -177,47 +223,40 @@ def compute_bytes(info: ModelInfo, decode: Decode) -> int:
     def norm(x: _Tensor, width: int, rows: int = n) -> _Tensor:
         return graph.node(width * rows, graph.node(width * rows, x, in_place=True), in_place=True)
 
-    # A quantised cache holds heads multiplied with a Hadamard matrix, whose outliers are smaller.
-    rotated = decode.kv_type.lower() not in EXACT_KV_TYPES and info.key_length % 64 == 0
-
-    def rotate(x: _Tensor, width: int) -> _Tensor:
-        return graph.node(n * width, x) if rotated else x
-
-    post_norms = any(".post_attention_norm" in name for name in info.tensors)
     below = graph.node(n * n_embd, tokens)
-    n_layers = min(3, info.n_layers)
+    n_layers = min(3, widths.n_layers)
     for layer in range(n_layers):
-        keys, values, mask = masks[layer % windows]
+        keys, values, mask = masks[layer % widths.windows]
         x = norm(below, n_embd)
         # Turned by position, after a norm in some models. Heads are views of the matrix product, whose place is never taken.
-        query = rotate(graph.node(n * widths.query, matrix(x, widths.query), positions), widths.query)
-        value = rotate(matrix(x, widths.value), widths.value)
-        key = rotate(graph.node(n * widths.key, matrix(x, widths.key), positions), widths.key)
+        query = rotate(graph.node(n * widths.query, matrix(x, widths.query), positions), widths.query, turn_keys)
+        value = rotate(matrix(x, widths.value), widths.value, turn_values)
+        key = rotate(graph.node(n * widths.key, matrix(x, widths.key), positions), widths.key, turn_keys)
         graph.stored(key, keys)
         graph.stored(value, values)
-        n_attended = info.n_head * info.value_length
+        n_attended = widths.n_head * widths.value_length
         if flash:
             attended = graph.node(n * n_attended, query, mask)
         else:
-            scores = graph.node(decode.n_cells * n * info.n_head, query)
-            scores = graph.node(decode.n_cells * n * info.n_head, scores, mask, in_place=True)
+            scores = graph.node(decode.n_cells * n * widths.n_head, query)
+            scores = graph.node(decode.n_cells * n * widths.n_head, scores, mask, in_place=True)
             attended = graph.node(n * n_attended, graph.node(n * n_attended, scores))
-        x = matrix(rotate(attended, n_attended), n_embd)
+        x = matrix(rotate(attended, n_attended, turn_values), n_embd)
         rows = n
         if layer == n_layers - 1:
             rows = decode.n_outputs
             x, below = graph.node(rows * n_embd, x, wanted), graph.node(rows * n_embd, below, wanted)
-        if post_norms:
+        if widths.post_norms:
             x = norm(x, n_embd, rows)
         between = graph.node(rows * n_embd, x, below, in_place=True)
         x = norm(between, n_embd, rows)
         up = matrix(x, widths.feed_forward, rows)
         gate = matrix(x, widths.feed_forward, rows)
         x = matrix(graph.node(rows * widths.feed_forward, gate, up), n_embd, rows)
-        if post_norms:
+        if widths.post_norms:
             x = norm(x, n_embd, rows)
         below = graph.node(rows * n_embd, x, between, in_place=True)
-    matrix(norm(below, n_embd, decode.n_outputs), info.n_vocab, decode.n_outputs, adapted=False)
+    matrix(norm(below, n_embd, decode.n_outputs), widths.n_vocab, decode.n_outputs, adapted=False)
     return graph.allocated_bytes()
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gguf_tools.errors import FileError
 from gguf_tools.graph import EXACT_KV_TYPES, Decode, compute_bytes, work_bytes
 from gguf_tools.model import ModelInfo
 
@@ -53,6 +53,7 @@ class Part:
         """All layers."""
         return cls(info, 0, info.n_layers)
 
+    @cached_property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Those of this part, by their names in the whole."""
         return {
@@ -63,7 +64,7 @@ class Part:
 
     def weight_bytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(tensor_bytes(*entry) for entry in self.tensors().values())
+        return sum(tensor_bytes(*entry) for entry in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ def repacked_types(machine: str | None = None) -> tuple[str, ...]:
 
 
 def weight_items(part: Part, label: str, *, mmap: bool, repack: bool, kinds: Collection[str] | None = None) -> list[Item]:
-    """Weights as loaded: read, mapped, rearranged. A mapped file stays whole in memory also where rearranged copies replace it.
+    """Weights as loaded: read, mapped, rearranged.
 
+    Of a mapped file everything stays in memory from the first tensor that is used in place to the last, with rearranged ones between them.
     `kinds` are the types that are rearranged; None: on this CPU.
     """
-    tensors = part.tensors()
+    tensors = part.tensors
     kinds = repacked_types() if kinds is None else kinds
     moved = {
         name: tensor_bytes(shape, kind)
@@ -113,12 +115,18 @@ def weight_items(part: Part, label: str, *, mmap: bool, repack: bool, kinds: Col
     shape, kind = tensors["token_embd.weight"]
     if part.info.tied_embeddings and repack and kind in kinds and shape[0] % 8 == 0:
         moved["output.weight"] = tensor_bytes(shape, kind)
-    total, copies = part.weight_bytes(), sum(moved.values())
+    copies = sum(moved.values())
     if mmap:
-        items = [Item(f"{label}, mapped from the file", total, mapped=True)]
+        items = [Item(f"{label}, mapped from the file", sum(_span(tensors, moved)), mapped=True)]
     else:
-        items = [Item(f"{label}, read", total - sum(size for name, size in moved.items() if name in tensors))]
+        items = [Item(f"{label}, read", part.weight_bytes() - sum(size for name, size in moved.items() if name in tensors))]
     return [*items, Item(f"{label}, rearranged for this CPU", copies)] if copies else items
+
+
+def _span(tensors: Mapping[str, tuple[tuple[int, ...], str]], moved: Collection[str]) -> list[int]:
+    """Sizes of the tensors, in the order of the file, from the first that is not moved to the last."""
+    kept = [i for i, name in enumerate(tensors) if name not in moved]
+    return [tensor_bytes(*entry) for entry in list(tensors.values())[kept[0] : kept[-1] + 1]]
 
 
 def vocabulary_bytes(info: ModelInfo) -> int:
@@ -132,18 +140,17 @@ def kv_bytes(part: Part, sizes: Sizes) -> int:
     Raises:
         FileError: llama.cpp has no such KV type.
     """
-    try:
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[sizes.kv_type.upper()]]
-    except KeyError:
-        raise FileError(f"KV cache type {sizes.kv_type!r} is unknown; f16 and q8_0 are usual.") from None
-    info = part.info
-    values = sum(info.kv_heads[part.first : part.last]) * (info.key_length + info.value_length)
-    return sizes.n_seq * math.ceil(sizes.n_ctx_seq / CELLS) * CELLS * values * block_bytes // block
+    held = replace(part.info, kv_heads=part.info.kv_heads[part.first : part.last])
+    return sizes.n_seq * _cells(sizes) * held.kv_bytes_per_token(sizes.kv_type, sizes.kv_type)
+
+
+def _cells(sizes: Sizes) -> int:
+    return math.ceil(sizes.n_ctx_seq / CELLS) * CELLS
 
 
 def decode_of(sizes: Sizes, lora_rank: int = 0) -> Decode:
     """The largest decode of a context, as llama.cpp reserves for it."""
-    n_cells = math.ceil(sizes.n_ctx_seq / CELLS) * CELLS
+    n_cells = _cells(sizes)
     n_tokens = min(sizes.n_batch, sizes.n_seq * n_cells)
     n_tokens = math.ceil(n_tokens / sizes.n_seq) * sizes.n_seq
     n_outputs = min(n_tokens, max(sizes.n_outputs, sizes.n_seq))
@@ -154,7 +161,7 @@ def decode_of(sizes: Sizes, lora_rank: int = 0) -> Decode:
 def context_items(part: Part, sizes: Sizes, label: str, *, lora_rank: int = 0) -> list[Item]:
     """A context: KV cache, compute buffer with what its kernels work in, logits, and the graphs themselves."""
     decode = decode_of(sizes, lora_rank)
-    n_nodes = max(1024, 8 * len(part.tensors()))
+    n_nodes = max(1024, 8 * len(part.tensors))
     return [
         Item(f"KV cache of {label}, {sizes.n_seq} x {sizes.n_ctx_seq} tokens in {sizes.kv_type}", kv_bytes(part, sizes)),
         Item(f"computing in {label}", compute_bytes(part.info, decode) + work_bytes(part.info, decode) + _GRAPHS * n_nodes * _NODE_BYTES),

@@ -1,11 +1,13 @@
 """Memory predicted by `fwdllama gguf plan` against what the kernel counted, evaluating and training, in two settings each.
 
-Runs are as short as reaches their peak: one step of one round, a few questions. A large model gets few sequences and a random A, because
-choosing it by activations takes minutes there and is a phase of its own, whose peak is not training's.
+Runs are as short as reaches their peak: one step of one round, a few questions. A large model gets few sequences, short questions and a
+random A: prompts take minutes there, and choosing A by activations is a phase of its own, whose peak is not training's.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from .child import run
@@ -48,19 +50,36 @@ def plan(bench: Bench) -> Measured:
 
 def _pairs(bench: Bench, model: str, words: tuple[str, ...], large: bool) -> dict[str, tuple[int, int]]:
     """Predicted and measured bytes of each task."""
-    n_units, n_held_out, n_questions = (1, 2, 2) if large else (8, 32, bench.questions(QUESTIONS))
+    n_units, n_held_out, n_questions = (1, 5, 2) if large else (8, 32, bench.questions(QUESTIONS))
+    data = _short_questions(bench) if large else bench.train_data
     shared = ("--ctx", CTX, *words)
     planned = run(bench, "gguf", "plan", model, "--batch", n_units, "--held-out", n_held_out, *shared, "--json").json
     options = ("--batch", n_units, "--limit", n_questions, *shared, "--json")
-    answered = run(bench, "eval", "--model", model, "--data", bench.train_data, *options)
+    answered = run(bench, "eval", "--model", model, "--data", data, *options)
     batch = ("--units", n_units, "--fresh", min(3, n_units), "--held-out", n_held_out, "--rounds", 1, "--steps", 1, *shared)
     init = ("--init", "random") if large else ()
-    trained = run(bench, *train_words(bench, bench.fresh("plan"), *batch, *init, model=model))
+    trained = run(bench, *train_words(bench, bench.fresh("plan"), *batch, *init, model=model, data=data))
     phases = {phase["name"]: phase["total_bytes"] for phase in planned["train"]["phases"]}
     return {
         "eval": (planned["eval"]["peak_bytes"], answered.peak_bytes),
         "train": (phases["training"] if large else planned["train"]["peak_bytes"], trained.peak_bytes),
     }
+
+
+def _short_questions(bench: Bench) -> Path:
+    """A SQuAD file of paragraphs of a few words, with as many questions on each as a batch takes."""
+    path = bench.work / "short.json"
+    words = ("one", "two", "three", "four", "five")
+    paragraphs = [
+        {"context": f"{first} {' '.join(words)}", "qas": [_question(f"{first}-{word}", word, len(first) + 1) for word in words]}
+        for first in ("six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen")
+    ]
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "words", "paragraphs": paragraphs}]}))
+    return path
+
+
+def _question(name: str, word: str, start: int) -> dict[str, Any]:
+    return {"id": name, "question": f"Where is {word}?", "answers": [{"text": word, "answer_start": start}]}
 
 
 ITEMS = (
