@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -59,7 +60,7 @@ class Part:
         return {
             name: entry
             for name, entry in self.info.tensors.items()
-            if not name.startswith("blk.") or self.first <= int(name.split(".", 2)[1]) < self.last
+            if (layer := _layer(name)) is None or self.first <= layer < self.last
         }
 
     def weight_bytes(self) -> int:
@@ -77,6 +78,12 @@ class Sizes:
     n_batch: int
     kv_type: str = "f16"
     flash: bool = False
+
+
+def _layer(name: str) -> int | None:
+    """The layer that a tensor belongs to; None where it belongs to none."""
+    found = re.match(r"blk\.(\d{1,9})\.", name, re.ASCII)
+    return int(found[1]) if found else None
 
 
 def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:

@@ -71,15 +71,15 @@ def _short_questions(bench: Bench) -> Path:
     path = bench.work / "short.json"
     words = ("one", "two", "three", "four", "five")
     paragraphs = [
-        {"context": f"{first} {' '.join(words)}", "qas": [_question(f"{first}-{word}", word, len(first) + 1) for word in words]}
+        {"context": f"{first} {' '.join(words)}", "qas": [_question(first, word) for word in words]}
         for first in ("six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen")
     ]
     path.write_text(json.dumps({"version": "1.1", "data": [{"title": "words", "paragraphs": paragraphs}]}))
     return path
 
 
-def _question(name: str, word: str, start: int) -> dict[str, Any]:
-    return {"id": name, "question": f"Where is {word}?", "answers": [{"text": word, "answer_start": start}]}
+def _question(paragraph: str, word: str) -> dict[str, Any]:
+    return {"id": f"{paragraph}-{word}", "question": f"What follows {word}?", "answers": [{"text": word}]}
 
 
 ITEMS = (

@@ -47,7 +47,7 @@ def register(group: typer.Typer) -> None:
             typer.Option(min=32, help="Tokens of an example; default: 1024 to evaluate, 256 to train.", metavar="N"),
         ] = None,
         batch: Annotated[
-            int, typer.Option(min=1, max=64, help="Questions answered at a time; in training, paragraphs held at once.", metavar="N")
+            int, typer.Option(min=1, max=40, help="Questions answered at a time; in training, paragraphs held at once.", metavar="N")
         ] = 8,
         held_out: Annotated[int, typer.Option(min=1, help="Examples that training watches.", metavar="N")] = 32,
         scope: Annotated[str, typer.Option(help="Where the adapter is on: answer or all.")] = "answer",
