@@ -51,6 +51,10 @@ class Adapter:
         """The rank of each adapted tensor."""
         return {name: a.shape[0] for name, (a, _) in self.tensors.items()}
 
+    def scale(self, name: str) -> float:
+        """What B A of a tensor is multiplied by: alpha / rank, or 1 where alpha is 0, as llama.cpp has it."""
+        return self.alpha / self.tensors[name][0].shape[0] if self.alpha else 1.0
+
     @property
     def n_parameters(self) -> int:
         """Numbers in all A and B together."""

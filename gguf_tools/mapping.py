@@ -37,3 +37,15 @@ def mapped(path: str | os.PathLike[str]) -> Iterator[mmap.mmap]:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}.") from None
     with data:
         yield data
+
+
+def forget(data: mmap.mmap | bytes, start: int, n_bytes: int) -> None:
+    """Give the memory of bytes that were looked at back, whole pages of it; they can be read again from the file.
+
+    Otherwise a pass over a large file counts as that much memory of the process until the system needs it elsewhere. Nothing happens where the
+    platform has no such call, or `data` is no mapping.
+    """
+    if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > first:
+            data.madvise(mmap.MADV_DONTNEED, first, end - first)

@@ -89,12 +89,12 @@ def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
         FileError: it is missing, damaged, no GGUF file, an adapter, one part of several, or has no tokenizer.
     """
     with mapped(path) as data:
-        header = parse_header(data, str(path), MODEL_LIMITS)
-        return _info(Path(path), header)
+        return model_info(parse_header(data, str(path), MODEL_LIMITS))
 
 
-def _info(path: Path, header: Header) -> ModelInfo:
-    label = header.label
+def model_info(header: Header) -> ModelInfo:
+    """`read_model_info` of a header that is already at hand, whose label is the path."""
+    label, path = header.label, Path(header.label)
     architecture = _kind_of_model(header)
     n_layers = _required(header, f"{architecture}.block_count", 10_000)
     n_embd = _required(header, f"{architecture}.embedding_length", 1 << 24)

@@ -10,21 +10,18 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from gguf_tools.errors import FileError
-from gguf_tools.header import ADAPTER_LIMITS, Array, Buffer, Header, TensorEntry, parse_header
+from gguf_tools.finite import first_not_finite
+from gguf_tools.header import ADAPTER_LIMITS, Array, Buffer, Header, parse_header
 from gguf_tools.mapping import mapped
 
 if TYPE_CHECKING:
     from gguf_tools.model import ModelInfo
 
 _BASE = re.compile(r"(?:blk\.\d{1,5}\.[a-z0-9_]+|output)\.weight")
-_EXPONENT: dict[GGMLQuantizationType, tuple[str, int]] = {  # all ones in it: infinite or not a number
-    GGMLQuantizationType.F32: ("<u4", 0x7F800000),
-    GGMLQuantizationType.F16: ("<u2", 0x7C00),
-}
+_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 _MAX_RANK = 4096
 _MAX_INVOCATION = 256
 
@@ -42,23 +39,52 @@ def validate_adapter(path: str | os.PathLike[str], base: ModelInfo | None = None
 def check_adapter(data: Buffer, label: str, base: ModelInfo | None = None) -> Header:
     """`validate_adapter` of bytes that are already at hand; returns the header."""
     header = parse_header(data, label, ADAPTER_LIMITS)
+    check_adapter_header(header, base)
+    check_adapter_numbers(header)
+    return header
+
+
+def check_adapter_header(header: Header, base: ModelInfo | None = None) -> None:
+    """Everything but the numbers of an adapter whose header was read with limits of any size.
+
+    Raises:
+        FileError: the first thing wrong.
+    """
+    label, limits = header.label, ADAPTER_LIMITS
+    header_bytes = min((entry.offset for entry in header.tensors.values()), default=header.end)
+    for what, n, most in (
+        ("metadata values", len(header.values), limits.n_keys),
+        ("tensors", len(header.tensors), limits.n_tensors),
+        ("bytes of header", header_bytes, limits.header_bytes),
+        ("bytes", len(header.data), limits.file_bytes),
+    ):
+        if n > most:
+            raise FileError(f"{label}: has {n} {what}, but at most {most} are accepted in an adapter.")
     _check_metadata(header, base)
     if not header.tensors:
         raise FileError(f"{label}: holds no tensors, but an adapter has at least one pair of lora_a and lora_b.")
     for name, entry in header.tensors.items():
-        if entry.type not in _EXPONENT:
-            raise FileError(f"{label}: {name} is of type {entry.type.name}, but adapter tensors must be F32 or F16.")
+        if entry.type not in _TYPES:
+            raise FileError(f"{label}: {name} at byte {entry.offset} is of type {entry.type.name}, but adapter tensors must be F32 or F16.")
         if len(entry.shape) != 2:
-            raise FileError(f"{label}: {name} has {len(entry.shape)} dimensions, but must have 2.")
+            raise FileError(f"{label}: {name} at byte {entry.offset} has {len(entry.shape)} dimensions, but must have 2.")
     for name in base_names(header):
         _check_pair(header, name, base)
-    if len(data) - header.end > 1 << 16:
-        raise FileError(f"{label}: {len(data) - header.end} bytes follow the last tensor, which ends at {header.end}.")
+    n_after = len(header.data) - header.end
+    if n_after > 1 << 16:
+        raise FileError(f"{label}: {n_after} bytes follow the last tensor, which ends at {header.end}.")
+
+
+def check_adapter_numbers(header: Header) -> None:
+    """Every number of an adapter whose header is right must be finite.
+
+    Raises:
+        FileError: one is not.
+    """
     for name, entry in header.tensors.items():
-        bad = _first_not_finite(data, entry)
+        bad = first_not_finite(header.data, entry)
         if bad is not None:
-            raise FileError(f"{label}: {name} holds a value that is not finite at byte {bad}.")
-    return header
+            raise FileError(f"{header.label}: {name} holds a value that is not finite at byte {bad}.")
 
 
 def base_names(header: Header) -> list[str]:
@@ -152,15 +178,3 @@ def _check_pair(header: Header, name: str, base: ModelInfo | None) -> None:
                 f"{header.label}: {name}.lora_{half} has shape {shape}, but the base model needs {form}. "
                 "Was it trained on another model?"
             )
-
-
-def _first_not_finite(data: Buffer, entry: TensorEntry) -> int | None:
-    """The file position of the first infinity or NaN, found in pieces of at most 4 MiB."""
-    code, exponent = _EXPONENT[entry.type]
-    width = np.dtype(code).itemsize
-    end = entry.offset + entry.size_bytes
-    for start in range(entry.offset, end, 1 << 22):
-        bits = np.frombuffer(data, code, min(1 << 22, end - start) // width, start) & exponent
-        if bool((bits == exponent).any()):
-            return start + int(np.argmax(bits == exponent)) * width
-    return None

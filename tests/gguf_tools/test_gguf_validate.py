@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,75 +15,26 @@ from gguf_tools.errors import FileError
 from gguf_tools.model import ModelInfo, read_model_info
 from gguf_tools.synth import write_tiny_llama
 from gguf_tools.validate import check_adapter, validate_adapter
-
-U32, I32, F32, BOOL, STRING, ARRAY, F64 = 4, 5, 6, 7, 8, 9, 12  # GGUF value types
-T_F32, T_F16, T_Q8_0, T_I32 = 0, 1, 8, 26  # tensor types
-NAME = "blk.0.attn_q.weight"
-
-
-def text(value: str | bytes) -> bytes:
-    raw = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def entry(key: str | bytes, kind: int, payload: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + payload
-
-
-def tokens_entry(tokens: Sequence[int], kind: int = U32) -> bytes:
-    payload = struct.pack(f"<IQ{len(tokens)}I", kind, len(tokens), *tokens)
-    return entry("adapter.alora.invocation_tokens", ARRAY, payload)
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor as its file claims it to be; `ne` is in GGUF order, innermost first."""
-
-    name: str | bytes
-    ne: tuple[int, ...]
-    type: int = T_F32
-    offset: int | None = None
-    data: bytes | None = None
-
-    @property
-    def payload(self) -> bytes:
-        return self.data if self.data is not None else bytes(4 * int(np.prod(self.ne)))
-
-
-@dataclass(frozen=True)
-class Crafted:
-    """A GGUF file of which every field can be a lie."""
-
-    magic: bytes = b"GGUF"
-    version: int = 3
-    n_tensors: int | None = None
-    n_keys: int | None = None
-    architecture: bytes = entry("general.architecture", STRING, text("llama"))
-    type: bytes = entry("general.type", STRING, text("adapter"))
-    adapter_type: bytes = entry("adapter.type", STRING, text("lora"))
-    alpha: bytes = entry("adapter.lora.alpha", F32, struct.pack("<f", 16.0))
-    extra: tuple[bytes, ...] = ()
-    tensors: tuple[Tensor, ...] = field(default=(Tensor(f"{NAME}.lora_a", (64, 4)), Tensor(f"{NAME}.lora_b", (4, 64))))
-    tail: bytes = b""
-
-    def bytes(self) -> bytes:
-        parts = (self.architecture, self.type, self.adapter_type, self.alpha, *self.extra)
-        keys = [key for key in parts if key]
-        n_tensors = len(self.tensors) if self.n_tensors is None else self.n_tensors
-        n_keys = len(keys) if self.n_keys is None else self.n_keys
-        head = self.magic + struct.pack("<IQQ", self.version, n_tensors, n_keys) + b"".join(keys)
-        data = b""
-        for tensor in self.tensors:
-            offset = len(data) if tensor.offset is None else tensor.offset
-            head += text(tensor.name) + struct.pack(f"<I{len(tensor.ne)}Q", len(tensor.ne), *tensor.ne)
-            head += struct.pack("<IQ", tensor.type, offset)
-            data += tensor.payload + bytes(-len(tensor.payload) % 32)
-        return head + bytes(-len(head) % 32) + data + self.tail
-
-
-def pair(base: str, a: tuple[int, ...] = (64, 4), b: tuple[int, ...] = (4, 64), **other: Any) -> tuple[Tensor, Tensor]:
-    return Tensor(f"{base}.lora_a", a, **other), Tensor(f"{base}.lora_b", b, **other)
-
+from tests.gguf_tools.forge import (
+    ARRAY,
+    BOOL,
+    F32,
+    F64,
+    I32,
+    NAME,
+    STRING,
+    T_F16,
+    T_I32,
+    T_Q8_0,
+    U32,
+    Crafted,
+    Tensor,
+    array,
+    entry,
+    pair,
+    text,
+    tokens_entry,
+)
 
 GOOD = Crafted()
 
@@ -99,10 +49,6 @@ def of(*tensors: Tensor) -> Crafted:
 
 def alpha(kind: int, payload: bytes) -> Crafted:
     return replace(GOOD, alpha=entry("adapter.lora.alpha", kind, payload))
-
-
-def array(key: str, code: str, *numbers: int) -> bytes:
-    return entry(key, ARRAY, struct.pack(code, *numbers))
 
 
 A, B = GOOD.tensors
@@ -182,8 +128,8 @@ HOSTILE: dict[str, tuple[Crafted, str]] = {
     "many tokens": (keyed(tokens_entry(range(5000))), r"has 5000 tokens"),
     "token outside": (keyed(tokens_entry([320])), r"has token 320, but the vocabulary ends at 319"),
     "no tensors": (of(), r"holds no tensors"),
-    "I32 tensor": (of(replace(A, type=T_I32), B), r"lora_a is of type I32, but adapter tensors must be"),
-    "quantised tensor": (of(replace(A, type=T_Q8_0, data=bytes(272)), B), r"lora_a is of type Q8_0, but"),
+    "I32 tensor": (of(replace(A, type=T_I32), B), r"lora_a at byte \d+ is of type I32, but adapter tensors must be"),
+    "quantised tensor": (of(replace(A, type=T_Q8_0, data=bytes(272)), B), r"lora_a at byte \d+ is of type Q8_0, but"),
     "smaller type": (of(replace(A, type=T_F16), B), r"lora_b lies at offset 1024 \(after a gap\)"),
     "unknown tensor type": (of(replace(A, type=4), B), r"lora_a has tensor type 4, which is unknown"),
     "NaN": (of(replace(A, data=NAN), B), r"lora_a holds a value that is not finite at byte \d+"),
@@ -191,8 +137,8 @@ HOSTILE: dict[str, tuple[Crafted, str]] = {
         of(*pair(NAME, type=T_F16, data=INFINITE_F16)),
         r"lora_a holds a value that is not finite at byte \d+",
     ),
-    "1-D": (of(replace(A, ne=(256,)), B), r"lora_a has 1 dimensions, but must have 2"),
-    "3-D": (of(replace(A, ne=(64, 2, 2)), B), r"lora_a has 3 dimensions, but must have 2"),
+    "1-D": (of(replace(A, ne=(256,)), B), r"lora_a at byte \d+ has 1 dimensions, but must have 2"),
+    "3-D": (of(replace(A, ne=(64, 2, 2)), B), r"lora_a at byte \d+ has 3 dimensions, but must have 2"),
     "0-D": (of(replace(A, ne=(), data=bytes(4)), B), r"lora_a has 0 dimensions"),
     "5-D": (of(replace(A, ne=(64, 1, 1, 1, 4)), B), r"lora_a has 5 dimensions, but a tensor has 1 to 4"),
     "empty dimension": (of(replace(A, ne=(64, 0)), B), r"lora_a has shape \(0, 64\)"),
@@ -223,7 +169,7 @@ HOSTILE: dict[str, tuple[Crafted, str]] = {
     "token embeddings": (of(*pair("token_embd.weight")), r"belongs to the token embeddings"),
     "per-layer embeddings": (of(*pair("per_layer_token_embd.weight")), r"belongs to the token embeddings"),
     "norm": (of(*pair("blk.0.attn_norm.weight")), r"belongs to a norm, which llama.cpp would ignore"),
-    "bare norm": (of(A, B, Tensor("output_norm.weight", (64,))), r"output_norm.weight has 1 dimensions"),
+    "bare norm": (of(A, B, Tensor("output_norm.weight", (64,))), r"output_norm.weight at byte \d+ has 1 dimensions"),
     "bare 2-D norm": (of(A, B, Tensor("output_norm.weight", (64, 1))), r"belongs to a norm"),
     "bias": (of(*pair("blk.0.attn_q.bias")), r"belongs to a bias; only weight matrices"),
     "half in the middle": (of(*pair("blk.0.lora_a.weight")), r"blk.0.lora_a.weight.lora_a has '.lora_' twice"),
@@ -255,7 +201,7 @@ def test_the_file_that_the_hostile_ones_are_made_from_is_valid(tmp_path: Path, b
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_adapter_is_refused_in_one_sentence_and_at_once(name: str, tmp_path: Path, base: ModelInfo) -> None:
+def test_hostile_adapter_is_refused_in_one_sentence_at_once_and_in_little_memory(name: str, tmp_path: Path, base: ModelInfo) -> None:
     crafted, sentence = HOSTILE[name]
     path = write(tmp_path / "hostile.gguf", crafted.bytes())
     start = time.process_time()
@@ -265,6 +211,12 @@ def test_hostile_adapter_is_refused_in_one_sentence_and_at_once(name: str, tmp_p
     message = str(caught.value)
     assert message.startswith(str(path))
     assert "\n" not in message
+    tracemalloc.start()
+    with pytest.raises(FileError):
+        validate_adapter(path, base)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
     assert len(message) < len(str(path)) + 300
 
 
@@ -272,10 +224,13 @@ def test_a_header_as_large_as_allowed_is_judged_within_100_ms(base: ModelInfo) -
     strings = entry("x", ARRAY, struct.pack("<IQ", STRING, 200_000) + bytes(8 * 200_000))
     names = tuple(Tensor(f"blk.{i}.attn_q.weight.lora_a", (1, 1)) for i in range(4000))
     crafted = replace(GOOD, extra=(strings,), tensors=names).bytes()
-    start = time.process_time()
-    with pytest.raises(FileError, match=r"has no partner"):
-        check_adapter(crafted, "large.gguf", base)
-    assert time.process_time() - start < 0.1
+    taken = []
+    for _ in range(3):  # the best of three: another process on the same core doubles the time
+        start = time.process_time()
+        with pytest.raises(FileError, match=r"has no partner"):
+            check_adapter(crafted, "large.gguf", base)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 0.1
 
 
 def test_a_not_finite_value_beyond_the_first_piece_is_found_where_it_is() -> None:
@@ -291,7 +246,8 @@ def test_a_not_finite_value_beyond_the_first_piece_is_found_where_it_is() -> Non
         check_adapter(data, "far.gguf")
 
 
-@pytest.mark.parametrize("n_bytes", [1, 3, 4, 23, 24, 100, 400, 1000, 2000])
-def test_truncated_adapter_is_refused(n_bytes: int, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"truncated|are left|at most|is not a GGUF file|not finite"):
-        validate_adapter(write(tmp_path / "cut.gguf", GOOD.bytes()[:n_bytes]))
+def test_an_adapter_cut_at_any_byte_is_refused() -> None:
+    data = GOOD.bytes()
+    for n in range(len(data)):
+        with pytest.raises(FileError, match=r"truncated|are left|at most|is not a GGUF file"):
+            check_adapter(data[:n], "cut.gguf")

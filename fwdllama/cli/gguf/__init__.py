@@ -6,9 +6,9 @@ from types import ModuleType
 
 import typer
 
-from fwdllama.cli.gguf import plan
+from fwdllama.cli.gguf import average, diff, inspect, plan, validate
 
-MODULES: tuple[ModuleType, ...] = (plan,)  # each has register(group)
+MODULES: tuple[ModuleType, ...] = (average, diff, inspect, plan, validate)  # each has register(group)
 
 
 def register(app: typer.Typer) -> None:
