@@ -110,6 +110,9 @@ class EngineSettings:
     batch: int = 8
     n_ctx: int = 1024
     n_threads: int | None = None
+    kv_type: str = "f16"
+    mmap: bool = False
+    repack: bool = True
 
 
 OpenAnswerer = Callable[[EngineSettings, Path | None], AbstractContextManager[Answerer]]
@@ -143,6 +146,7 @@ def open_model(settings: EngineSettings, adapter: Path | None) -> Iterator[Answe
         ResourceError: there is too little memory.
     """
     from fwdllama import answering
+    from fwdllama.llama.model import ModelOptions
     from fwdllama.models import resolve
 
     with answering.open_engine(
@@ -152,6 +156,8 @@ def open_model(settings: EngineSettings, adapter: Path | None) -> Iterator[Answe
         batch=settings.batch,
         n_ctx=settings.n_ctx,
         n_threads=settings.n_threads,
+        kv_type=settings.kv_type,
+        model_options=ModelOptions(mmap=settings.mmap, repack=settings.repack),
     ) as engine:
         yield EngineAnswerer(engine, settings.template)
 

@@ -94,6 +94,11 @@ def register(app: typer.Typer, *, open_answerer: OpenAnswerer = open_model) -> N
             int, typer.Option(min=32, help="Longest question with its context and answer, in tokens.")
         ] = 1024,
         threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one a physical core.")] = None,
+        kv_type: Annotated[
+            str, typer.Option(help="Type of the KV cache: f16, f32, q8_0, ..., q4_0.", metavar="TYPE")
+        ] = "f16",
+        mmap: Annotated[bool, typer.Option(help="Map the model's file instead of reading it.")] = False,
+        repack: Annotated[bool, typer.Option(help="Rearrange the weights for this CPU; fastest.")] = True,
         max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
         compare: Annotated[bool, typer.Option(help="With an adapter, answer with the base model too.")] = True,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
@@ -125,6 +130,9 @@ def register(app: typer.Typer, *, open_answerer: OpenAnswerer = open_model) -> N
             batch=batch,
             n_ctx=ctx,
             n_threads=threads,
+            kv_type=kv_type,
+            mmap=mmap,
+            repack=repack,
         )
         facts = _facts(adapter, loaded) if adapter is not None and loaded is not None else None
         if facts is not None and settings.scope != facts.scope:

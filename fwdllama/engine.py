@@ -16,19 +16,19 @@ from fwdllama.errors import AdapterError, UsageError
 from fwdllama.llama.adapter import LoadedAdapter
 from fwdllama.llama.context import KV_TYPES, Context, ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
-from fwdllama.machine import CELLS, check_memory, default_threads
+from fwdllama.machine import check_memory, default_threads
+from fwdllama.memory import context_of, engine_options, evaluation
 from fwdllama.models import default_cache_dir
 from fwdllama.types import Scope
 from gguf_tools.adapter import Adapter, read_adapter
 from gguf_tools.model import file_sha256, read_model_info
+from gguf_tools.plan import CELLS, Part
 from gguf_tools.validate import validate_adapter
 
 log = logging.getLogger("fwdllama.engine")
 
 BASE_KEY = "fwdllama.base.sha256"
 MAX_CHOSEN_CTX = 2048  # tokens; a longer context is used only where it is asked for, because of its KV cache
-EXACT_KV_TYPES = ("f16", "f32")
-MIN_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
 
 
 class Engine:
@@ -48,6 +48,7 @@ class Engine:
         self.invocation = invocation  # as the adapter's file names it, empty where it names none
         self._adapter, self._on = adapter, adapter is not None
         self._options, self._resources = options, resources
+        self._lora_rank = adapter.rank if adapter is not None else 0
         self._context: Context | None = None
 
     def set_adapter(self, on: bool) -> None:
@@ -79,7 +80,7 @@ class Engine:
         if self._context is None or self._context.options.n_ctx_seq < n_ctx:
             self._close_context()
             options = replace(self._options, n_ctx_seq=n_ctx)
-            check_memory(info, options, loaded=True)
+            check_memory(info.path, context_of(options, Part.whole(info), "the model", lora_rank=self._lora_rank))
             self._context = Context(self.model, options)
         return self._context
 
@@ -142,18 +143,11 @@ def open_engine(
             _check_base(adapter_path, adapter, model_path)
     if n_ctx is not None and n_ctx > info.context_length:
         log.warning("%s: its context of %d tokens is used instead of %d", model_path, info.context_length, n_ctx)
-    options = ContextOptions(
-        n_ctx_seq=min(n_ctx or CELLS, info.context_length),
-        n_seq=batch,
-        n_outputs=max(batch, MIN_OUTPUTS),
-        n_batch=max(batch, 512),
-        n_threads=n_threads or default_threads(),
-        kv_type=kv_type,
-        # Flash attention depends on what else is in the decode: the loss of one example of SmolLM2 Q8_0 moved by up to
-        # 0.07 nats between batches of 1 and 8, and by nothing without it, at the same speed. Quantised V needs it.
-        flash=kv_type not in EXACT_KV_TYPES,
+    options = engine_options(
+        batch=batch, n_ctx=min(n_ctx or CELLS, info.context_length), n_threads=n_threads or default_threads(), kv_type=kv_type
     )
-    check_memory(info, options, doubled=model_options.mmap and model_options.repack)
+    lora_rank = max(adapter.ranks.values(), default=0) if adapter is not None else 0
+    check_memory(model_path, evaluation(info, options, model_options, lora_rank=lora_rank).peak.items)
     with ExitStack() as resources:
         model = resources.enter_context(Model(model_path, model_options))
         loaded = None

@@ -1,8 +1,8 @@
-"""What this machine gives: memory and threads, and whether a model with its context will fit."""
+"""What this machine gives: memory and threads, and whether what is planned will fit."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -10,11 +10,7 @@ import psutil
 from fwdllama.doctor import big_cores, cgroup_limit_bytes, usable_cores
 from fwdllama.errors import ResourceError
 from fwdllama.formats import size
-from fwdllama.llama.context import ContextOptions
-from gguf_tools.model import ModelInfo
-
-CELLS = 256  # llama.cpp rounds the cells of a sequence up to a multiple of this
-BASE_BYTES = 32 << 20  # graphs, vocabulary and Python's share, as measured with the smallest models
+from gguf_tools.plan import Item
 
 
 def available_bytes() -> int:
@@ -26,49 +22,34 @@ def available_bytes() -> int:
     return int(min(available, max(0, limit - psutil.Process().memory_info().rss)))
 
 
-def kv_bytes(info: ModelInfo, options: ContextOptions) -> int:
-    """Bytes of a context's KV cache."""
-    cells = math.ceil(options.n_ctx_seq / CELLS) * CELLS
-    return options.n_seq * cells * info.kv_bytes_per_token(options.kv_type, options.kv_type)
+def total_bytes() -> int:
+    """The machine's memory, or its control group's lower limit."""
+    total, limit = psutil.virtual_memory().total, cgroup_limit_bytes(Path("/proc"), Path("/sys"))
+    return int(total if limit is None else min(total, limit))
 
 
-def compute_bytes(info: ModelInfo, options: ContextOptions) -> int:
-    """Estimate of a context's buffers: the activations of one micro-batch, and logits on both sides of their copy.
+def process_bytes() -> int:
+    """What a process holds that is about to load a model: this one's memory, with everything that a run imports."""
+    import fwdllama.training  # noqa: F401 (to be measured)
+    from fwdllama.llama.binding import llama
 
-    llama.cpp reuses most activations at once, so a layer's worst moment counts: three values of the widest matrix and
-    eight of the embedding a token.
-    """
-    in_layers = [shape[0] for name, (shape, _) in info.tensors.items() if name.startswith("blk.")]
-    widest = max(in_layers, default=info.n_embd)
-    activations = options.n_batch * (8 * info.n_embd + 3 * widest) * 4
-    return activations + 2 * options.n_outputs * info.n_vocab * 4 + BASE_BYTES
+    llama()
+    return int(psutil.Process().memory_info().rss)
 
 
-def check_memory(
-    info: ModelInfo,
-    options: ContextOptions,
-    *,
-    loaded: bool = False,
-    doubled: bool = False,
-    available: int | None = None,
-) -> None:
-    """Compare what a model and one context need with what is available (None: what this machine says).
-
-    `loaded`: the weights are in memory already. `doubled`: they are mapped and repacked too, which holds them twice.
+def check_memory(path: Path, items: Sequence[Item], *, available: int | None = None) -> None:
+    """Compare what is still to be allocated for a model with what is available (None: what this machine says).
 
     Raises:
-        ResourceError: it will not fit; the message has both numbers.
+        ResourceError: it will not fit; the message has both numbers, and the largest items.
     """
-    weights = 0 if loaded else info.size_bytes * (2 if doubled else 1)
-    kv, compute = kv_bytes(info, options), compute_bytes(info, options)
-    needed = weights + kv + compute
+    needed = sum(item.size_bytes for item in items)
     has = available_bytes() if available is None else available
     if needed > has:
-        of_weights = "" if loaded else f"weights {size(weights)}, "
+        largest = sorted(items, key=lambda item: -item.size_bytes)[:3]
         raise ResourceError(
-            f"{info.path} needs about {size(needed)} of memory ({of_weights}KV cache of {options.n_seq} x "
-            f"{options.n_ctx_seq} tokens {size(kv)}, computing {size(compute)}), but {size(has)} are available. "
-            "Use a smaller --batch or --ctx, or a smaller model."
+            f"{path} needs about {size(needed)} of memory ({', '.join(f'{item.name} {size(item.size_bytes)}' for item in largest)}), "
+            f"but {size(has)} are available. Use a smaller --batch or --ctx, or a smaller model; `fwdllama gguf plan` finds what fits."
         )
 
 

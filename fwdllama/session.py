@@ -19,14 +19,14 @@ from fwdllama.calibration import Calibration, calibrate, measure
 from fwdllama.checkpoint import RunDirectory, State
 from fwdllama.config import TrainConfig
 from fwdllama.encode import Encoder, model_template
-from fwdllama.engine import BASE_KEY, EXACT_KV_TYPES
+from fwdllama.engine import BASE_KEY
 from fwdllama.layout import informed, space_of
-from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
 from fwdllama.llama.scoring import ScoreOracle
 from fwdllama.llama.trunk import Trunk, cut
-from fwdllama.machine import CELLS, check_memory, default_threads
+from fwdllama.machine import check_memory, default_threads
+from fwdllama.memory import MIN_OUTPUTS, Shape, to_load, training, training_options
 from fwdllama.models import default_cache_dir
 from fwdllama.oracle import LossOracle
 from fwdllama.space import Space
@@ -37,8 +37,8 @@ from fwdllama.trainer import Clock, Progress, Trainer
 from fwdllama.types import Dataset, Encoded
 from gguf_tools.adapter import Adapter, write_adapter
 from gguf_tools.model import ModelInfo, file_sha256, read_model_info
+from gguf_tools.plan import CELLS
 
-N_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
 FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
 CALIBRATION_UNITS = 2  # of the first batch
 EPS_GUESS = 0.008  # where the search for eps begins, with activation-informed A
@@ -194,7 +194,7 @@ def opened(
     engine = config.engine
     with ExitStack() as resources:
         options = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
-        check_memory(info, _context_options(config, CELLS, 1), doubled=engine.mmap and engine.repack)
+        check_memory(model_path, training(info, config, Shape(config.batch.n_ctx or CELLS, 1, 1)).peak.items)
         sha256 = file_sha256(model_path, default_cache_dir())
         cuttable = engine.trunk and config.estimator.objective == "nll"
         parts = cut(model_path, sha256, space.first_layer, default_cache_dir()) if cuttable else None
@@ -205,7 +205,7 @@ def opened(
         unit_size = max(len(group) for group in (*groups, *watched_groups))
         sample = [encoder.example(groups[i][0]) for i in shuffled(config.seed, 0, len(groups))[:64]]
         n_ctx = config.batch.n_ctx or _fitting([e.n_tokens for e in sample], info.context_length)
-        n_outputs = max(N_OUTPUTS, *(len(e.target) for e in sample))
+        n_outputs = max(MIN_OUTPUTS, *(len(e.target) for e in sample))
         n_outputs = min(n_outputs, config.engine.n_batch - len(encoder.invocation))
         units = EncodedUnits(groups, encoder.example, n_ctx, str(source.path), n_outputs)
         n_rows = config.batch.units * size
@@ -218,8 +218,9 @@ def opened(
         )
         held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path), n_outputs), config)
         n_seq = len(held_out) + batches.n_slots * unit_size
-        context_options = _context_options(config, n_ctx, n_seq, n_outputs)
-        check_memory(info, context_options, loaded=True)
+        shape = Shape(n_ctx, n_seq, unit_size, n_outputs, max(len(e.target) for e in sample))
+        context_options = training_options(config, shape, engine.n_threads or default_threads())
+        check_memory(model_path, to_load(info, config, shape))
         trunk = None
         if parts:
             trunk = Trunk(parts, context_options, options, unit_size)
@@ -257,19 +258,6 @@ def opened(
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What of a configuration decides what is learned."""
     return config.model_dump(mode="json", exclude={"budget", "engine"})
-
-
-def _context_options(config: TrainConfig, n_ctx: int, n_seq: int, n_outputs: int = N_OUTPUTS) -> ContextOptions:
-    engine = config.engine
-    return ContextOptions(
-        n_ctx_seq=n_ctx,
-        n_seq=n_seq,
-        n_outputs=max(n_outputs, n_seq),
-        n_batch=max(engine.n_batch, n_seq),
-        n_threads=engine.n_threads or default_threads(),
-        kv_type=engine.kv_type,
-        flash=engine.flash or engine.kv_type not in EXACT_KV_TYPES,  # llama.cpp reads a quantised V only with it
-    )
 
 
 def _fitting(lengths: list[int], most: int) -> int:

@@ -37,6 +37,7 @@ class ModelInfo:
 
     `tensors` maps a name to its shape in numpy order, (n_out, n_in) for a matrix, and the name of its type. `kv_heads`
     has one count a layer, 0 for a layer without attention. `quantisation` is the tensor type that most bytes are in.
+    `n_merges` counts the merges of a byte-pair vocabulary, 0 for others.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class ModelInfo:
     n_head: int
     n_head_kv: int
     n_vocab: int
+    n_merges: int
     context_length: int
     quantisation: str
     file_type: int | None
@@ -120,6 +122,7 @@ def model_info(header: Header) -> ModelInfo:
         n_head=n_head,
         n_head_kv=max(kv_heads),
         n_vocab=n_vocab,
+        n_merges=_count(header, "tokenizer.ggml.merges"),
         context_length=_required(header, f"{architecture}.context_length", 1 << 31),
         quantisation=sizes.most_common(1)[0][0],
         file_type=header.number("general.file_type"),
@@ -184,6 +187,12 @@ def _n_vocab(header: Header) -> int:
             f"{header.label}: has no tokenizer (tokenizer.ggml.model and .tokens); convert it with its vocabulary."
         )
     return tokens.count
+
+
+def _count(header: Header, key: str) -> int:
+    """Elements of the array at `key`, 0 where there is none."""
+    value = header.values.get(key, (None, None))[1]
+    return value.count if isinstance(value, Array) else 0
 
 
 def _special_tokens(header: Header, n_vocab: int) -> tuple[int | None, int | None, int | None]:

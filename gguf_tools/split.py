@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import lru_cache
+from pathlib import Path
 
 from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, Array, parse_header
@@ -68,10 +70,40 @@ def extract_layers(
     return run_quantizer(source, target, what, progress=progress, force=force, only_copy=True, prune_layers=layers)
 
 
+def can_be_cut(info: ModelInfo, first: int) -> bool:
+    """Whether `extract_layers` can make a part of this model that begins at layer `first`."""
+    try:
+        stamp = os.stat(info.path)
+    except OSError as error:
+        raise FileError(f"{info.path}: cannot be read: {error.strerror or error}.") from None
+    period = _period_or_none(info.path, (stamp.st_size, stamp.st_mtime_ns))
+    return first == 0 or (period is not None and first % period == 0)
+
+
+@lru_cache(maxsize=4)  # searching for a setting that fits asks hundreds of times
+def _period_or_none(path: Path, stamp: tuple[int, int]) -> int | None:
+    """`_period`, None where there is none; `stamp` tells another file of the same name apart."""
+    try:
+        return _period(path, read_model_info(path))
+    except FileError:
+        return None
+
+
 def _check_movable(source: Path_, info: ModelInfo, first: int, *, whole: bool) -> None:
     """Refuse a part whose layers depend on their number; llama.cpp would silently compute something else."""
     if whole:
         return
+    period = _period(source, info)
+    if first % period:
+        raise FileError(f"{source}: layers of {info.architecture} repeat every {period}, so a part cannot begin at {first}.")
+
+
+def _period(source: Path_, info: ModelInfo) -> int:
+    """After how many layers the model repeats itself.
+
+    Raises:
+        FileError: it does not, or not in a way that is known.
+    """
     architecture = info.architecture
     period = _PERIODS.get(architecture)
     if period is None:
@@ -89,5 +121,4 @@ def _check_movable(source: Path_, info: ModelInfo, first: int, *, whole: bool) -
         pattern = f"{architecture}.attention.sliding_window_pattern"
         if period > 1 and pattern in header.values:
             period = header.number(pattern) or 1
-    if first % period:
-        raise FileError(f"{source}: layers of {architecture} repeat every {period}, so a part cannot begin at {first}.")
+    return period

@@ -13,9 +13,8 @@ from fwdllama.answering import answer_dataset, ask, choose_template, open_engine
 from fwdllama.encode import encode_dataset
 from fwdllama.engine import BASE_KEY, Engine
 from fwdllama.errors import AdapterError, DataError, ResourceError, UsageError
-from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.generate import generate
-from fwdllama.machine import available_bytes, check_memory, default_threads, kv_bytes
+from fwdllama.machine import available_bytes, check_memory, default_threads, total_bytes
 from fwdllama.score import exact_match, f1, normalise
 from fwdllama.tasks.load import load_dataset
 from fwdllama.tasks.template import seed_template
@@ -23,6 +22,7 @@ from fwdllama.types import Dataset, Example
 from gguf_tools.adapter import Adapter, write_adapter
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256, read_model_info
+from gguf_tools.plan import Item
 from gguf_tools.synth import write_tiny_llama
 
 MAX_NEW = 6
@@ -236,21 +236,16 @@ def test_too_little_memory_is_refused_before_loading_with_both_numbers(path: Pat
         open_engine(path, n_ctx=2048, batch=1_000_000, n_threads=1)
     sentence = str(caught.value)
     assert sentence.startswith(f"{path} needs about ")
-    assert "KV cache of 1000000 x 2048 tokens 732 GiB" in sentence
-    assert sentence.endswith("are available. Use a smaller --batch or --ctx, or a smaller model.")
+    assert "KV cache of the model, 1000000 x 2048 tokens in f16 732 GiB" in sentence
+    assert sentence.endswith("Use a smaller --batch or --ctx, or a smaller model; `fwdllama gguf plan` finds what fits.")
 
 
-def test_memory_counts_weights_cells_and_buffers(path: Path) -> None:
-    info = read_model_info(path)
-    options = ContextOptions(n_ctx_seq=300, n_seq=4, n_outputs=64, n_threads=1)
-    # 3 layers, 2 KV heads of 16 values, K and V, 2 bytes each; cells are rounded up to 512
-    assert kv_bytes(info, options) == 4 * 512 * 3 * 2 * 16 * 2 * 2
-    assert kv_bytes(info, replace(options, kv_type="q8_0")) == 4 * 512 * 3 * 2 * 16 * 2 * 34 // 32
-    check_memory(info, options, available=60 << 20)
-    for arguments in ({"available": 30 << 20}, {"available": 0, "loaded": True}):
-        with pytest.raises(ResourceError, match=r"needs about .+ but .+ are available"):
-            check_memory(info, options, **arguments)  # type: ignore[arg-type]
-    assert 0 < available_bytes() < 1 << 50
+def test_a_context_that_grows_past_the_memory_is_refused_with_both_numbers(path: Path) -> None:
+    items = [Item("weights", 2 << 30), Item("KV cache", 1 << 30)]
+    check_memory(path, items, available=3 << 30)
+    with pytest.raises(ResourceError, match=r"needs about 3\.0 GiB of memory \(weights 2\.0 GiB, KV cache 1\.0 GiB\), but 2\.9 GiB are available"):
+        check_memory(path, items, available=int(2.9 * (1 << 30)))
+    assert 0 < available_bytes() <= total_bytes() < 1 << 50
     assert default_threads() >= 1
 
 

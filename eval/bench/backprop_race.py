@@ -59,15 +59,15 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
     from fwdllama.llama.context import ContextOptions
     from fwdllama.llama.model import Model
     from fwdllama.llama.oracle import LlamaOracle
-    from fwdllama.machine import CELLS, default_threads
+    from fwdllama.machine import default_threads
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.adapter import read_adapter
     from gguf_tools.model import read_model_info
+    from gguf_tools.plan import CELLS
 
     facts, config = read_facts(run), read_config(run / "config.json")
-    wanted = config.space
-    if wanted.scope != "answer":
-        raise BenchError(f"{run} was trained with scope {wanted.scope}, but the race is for scope answer.")
+    if config.space.scope != "answer":
+        raise BenchError(f"{run} was trained with scope {config.space.scope}, but the race is for scope answer.")
     path = Path(facts["files"]["model"])
     info = read_model_info(path)
     space = space_of(config, info)
@@ -93,7 +93,7 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
                 curve.append((row["elapsed_s"], float(oracle.losses().mean())))
                 if curve[-1][1] <= min(LOSSES):
                     break
-    return curve, Job(path, run / "initial.gguf", n_threads, questions, pool), wanted.train
+    return curve, Job(path, run / "initial.gguf", n_threads, questions, pool), config.space.train
 
 
 def drawn_questions(encoder: Any, examples: Sequence[Any], n: int) -> list[Encoded]:

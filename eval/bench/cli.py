@@ -24,9 +24,9 @@ MODEL = "smollm2-135m"
 
 def all_items() -> tuple[Item, ...]:
     """What the bench measures, in this order: later items look at what earlier ones trained."""
-    from . import backprop_race, costs, directions, runs, safety
+    from . import backprop_race, costs, directions, plan, runs, safety
 
-    return (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *safety.ITEMS, runs.DEMO_ITEM)
+    return (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM)
 
 
 def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:

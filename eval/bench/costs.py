@@ -112,7 +112,8 @@ def _pair(
     from fwdllama.llama.model import ModelOptions
     from fwdllama.llama.oracle import LlamaOracle
     from fwdllama.llama.trunk import Trunk
-    from fwdllama.machine import CELLS, default_threads
+    from fwdllama.machine import default_threads
+    from gguf_tools.plan import CELLS
 
     n_ctx = -(-max(e.n_tokens for e in examples) // CELLS) * CELLS
     options = ContextOptions(n_ctx, len(examples), n_outputs=64, n_threads=default_threads(), flash=False)

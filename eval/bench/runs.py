@@ -61,9 +61,9 @@ def trained(bench: Bench, name: str, *, anew: bool = False) -> Trained:
     return found
 
 
-def train_words(bench: Bench, folder: Path, *more: object, model: str | None = None) -> tuple[str, ...]:
-    """The command that trains into `folder`."""
-    files = ("--model", model or bench.model, "--data", bench.train_data, "--out", folder / "adapter.gguf", "--run", folder / "run")
+def train_words(bench: Bench, folder: Path, *more: object, model: str | None = None, data: Path | None = None) -> tuple[str, ...]:
+    """The command that trains into `folder`, on the bench's model and data or others."""
+    files = ("--model", model or bench.model, "--data", data or bench.train_data, "--out", folder / "adapter.gguf", "--run", folder / "run")
     return ("train", *map(str, (*files, *more)), "--json")
 
 

@@ -52,6 +52,7 @@ def module_inputs(
     first = trunk.first if trunk else 0
     own = {_renumbered(name, -first): name for name in names}
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+    seen = dict.fromkeys(own, 0)
     watching = False
 
     def look(node: int, ask: bool, _user_data: object) -> bool:
@@ -59,7 +60,7 @@ def module_inputs(
             return not ask
         sources = TensorHead.from_address(node).src
         weight = library.ggml_get_name(sources[0]).decode() if sources[0] and sources[1] else ""
-        if weight not in own:
+        if weight not in own or seen[weight] >= MAX_TOKENS:  # a prompt of scope `all` alone may have more than all that are used
             return not ask
         if not ask:
             head = TensorHead.from_address(sources[1])
@@ -68,6 +69,7 @@ def module_inputs(
             values = np.empty((head.ne[3] * head.ne[2] * head.ne[1], head.ne[0]), np.float32)
             library.ggml_backend_tensor_get(sources[1], values.ctypes.data, 0, values.nbytes)
             found[own[weight]].append(values)
+            seen[weight] += len(values)
         return True
 
     with Context(model, replace(options, n_seq=1, n_outputs=1), eval_callback=look) as context:

@@ -40,6 +40,11 @@ class LoadedAdapter:
         self.handle, self.writing = self._load(writing)
         log.info("adapter of %d matrices is rewritten by: %s", len(adapter.tensors), self.writing)
 
+    @property
+    def rank(self) -> int:
+        """The largest of its matrices'."""
+        return max(self._adapter.ranks.values(), default=0)
+
     def _load(self, wanted: Writing | None) -> tuple[int, Writing]:
         attempts: list[tuple[Writing, Callable[[], int]]] = [
             ("in-place", self._load_in_place),

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import typer
 
-from fwdllama.cli.gguf import average, convert, diff, inspect, merge, peft, quantize, split, synth, validate
+from fwdllama.cli.gguf import average, convert, diff, inspect, merge, peft, plan, quantize, split, synth, validate
 
 MODULES: tuple[ModuleType, ...] = (  # each has register(group)
     average,
@@ -15,6 +15,7 @@ MODULES: tuple[ModuleType, ...] = (  # each has register(group)
     inspect,
     merge,
     peft,
+    plan,
     quantize,
     split,
     synth,

@@ -1,0 +1,94 @@
+"""Memory predicted by `fwdllama gguf plan` against what the kernel counted, evaluating and training, in two settings each.
+
+Runs are as short as reaches their peak: one step of one round, a few questions. A large model gets few sequences, short questions and a
+random A: prompts take minutes there, and choosing A by activations is a phase of its own, whose peak is not training's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .child import run
+from .measure import Bar, Bench, Item, Measured
+from .runs import train_words
+
+LARGE_BYTES = 1 << 30  # of weights
+CTX = 256  # to train; 256 holds most SQuAD questions
+EVAL_CTX, QUESTIONS = 512, 48  # enough that some decode asks for as many logits as one may
+SETTINGS = {"default": (), "small": ("--mmap", "--no-repack", "--kv-type", "q8_0")}
+
+
+def models(name: str) -> list[str]:
+    """All variants of a model that is known by name; a path is itself.
+
+    >>> models("some/file.gguf")
+    ['some/file.gguf']
+    """
+    from fwdllama.registry import REGISTRY
+
+    entry = REGISTRY.get(name)
+    return [name] if entry is None else [f"{name}:{variant}" for variant in entry.variants]
+
+
+def plan(bench: Bench) -> Measured:
+    """Plan, evaluate and train each variant in each setting."""
+    from fwdllama.models import resolve
+
+    figures: dict[str, Any] = {}
+    errors = []
+    for model in models(bench.model):
+        large = resolve(model).stat().st_size > LARGE_BYTES
+        for name, words in SETTINGS.items():
+            for task, (predicted, measured) in _pairs(bench, model, words, large).items():
+                label = f"{model.rpartition('/')[2]} {task} {name}"
+                figures |= {f"{label} predicted_bytes": predicted, f"{label} peak_bytes": measured, f"{label} ratio": predicted / measured}
+                errors.append(abs(predicted / measured - 1))
+    return Measured({"worst_error": max(errors), **figures}, "fwdllama bench plan")
+
+
+def _pairs(bench: Bench, model: str, words: tuple[str, ...], large: bool) -> dict[str, tuple[int, int]]:
+    """Predicted and measured bytes of each task."""
+    n_units, n_held_out, n_questions = (1, 5, 2) if large else (8, 32, bench.questions(QUESTIONS))
+    data = _short_questions(bench) if large else bench.train_data
+    batch = ("--batch", n_units, "--ctx", EVAL_CTX, *words)
+    planned = run(bench, "gguf", "plan", model, *batch, "--json").json
+    answered = run(bench, "eval", "--model", model, "--data", data, "--limit", n_questions, *batch, "--json")
+    evaluating = (int(planned["eval"]["peak_bytes"]), answered.peak_bytes)
+    shared = ("--held-out", n_held_out, "--ctx", CTX, *words)
+    planned = run(bench, "gguf", "plan", model, "--batch", n_units, *shared, "--json").json
+    steps = ("--units", n_units, "--fresh", min(3, n_units), "--rounds", 1, "--steps", 1)
+    init = ("--init", "random") if large else ()
+    trained = run(bench, *train_words(bench, bench.fresh("plan"), *steps, *shared, *init, model=model, data=data))
+    phases = {phase["name"]: phase["total_bytes"] for phase in planned["train"]["phases"]}
+    return {"eval": evaluating, "train": (phases["training"] if large else int(planned["train"]["peak_bytes"]), trained.peak_bytes)}
+
+
+def _short_questions(bench: Bench) -> Path:
+    """A SQuAD file of paragraphs of a few words, with as many questions on each as a batch takes."""
+    path = bench.work / "short.json"
+    words = ("one", "two", "three", "four", "five")
+    paragraphs = [
+        {"context": f"{first} {' '.join(words)}", "qas": [_question(first, word) for word in words]}
+        for first in ("six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen")
+    ]
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "words", "paragraphs": paragraphs}]}))
+    return path
+
+
+def _question(paragraph: str, word: str) -> dict[str, Any]:
+    return {"id": f"{paragraph}-{word}", "question": f"What follows {word}?", "answers": [{"text": word}]}
+
+
+ITEMS = (
+    Item(
+        "plan",
+        "peak memory as planned against measured, evaluating and training, every variant of the model",
+        (Bar("worst_error", "<=", 0.1),),
+        ("worst_error",),
+        ("data",),
+        8,
+        plan,
+    ),
+)
