@@ -68,8 +68,8 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.04  # of the step that would be best for one probe alone; the others of the step add to it
-    half_life: Positive = 2000  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
+    lr: PositiveFloat = 0.05  # of the step that would be best for one probe alone; the others of the step add to it
+    half_life: Positive = 800  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
