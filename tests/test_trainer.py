@@ -57,8 +57,8 @@ class Oracle(QuadraticOracle):
 
 def config(**sections: Any) -> TrainConfig:
     usual: dict[str, Any] = {
-        "estimator": {"rounds": 4},
-        "step": {"lr": 1.0},
+        "estimator": {"rounds": 4, "examples_per_probe": 2, "outlier": 100.0},
+        "step": {"lr": 1.0, "half_life": 10**9},
         "pacing": {"tau": 0.8, "max_rounds": 8},
         "batch": {"units": 3, "per_unit": 2, "fresh": 1, "evaluate_every": 2},
         "budget": {"steps": 4},
@@ -185,11 +185,11 @@ def test_a_rejected_step_leaves_theta_and_halves_the_rate_of_the_next(tmp_path: 
     trained(tmp_path / "run", settings)
     rows = read_metrics(tmp_path / "run")
     assert [row["accepted"] for row in rows] == [False] * 6
-    assert rows[2]["lr"] == rows[1]["lr"] / 2 == rows[3]["lr"] * 2
+    assert [rows[1]["lr"], 4 * rows[3]["lr"]] == pytest.approx([2 * rows[2]["lr"]] * 2)
     with RunDirectory.open(tmp_path / "run") as run:
         assert np.array_equal(run.theta(INITIAL), INITIAL)
         assert not np.concatenate([e.coefficients for e in read_ledger(tmp_path / "run" / "ledger.bin")]).any()
-        assert run.state.lr_scale == rows[5]["lr"] / rows[1]["lr"] / 2
+        assert run.state.lr_scale == pytest.approx(rows[5]["lr"] / rows[1]["lr"] / 2)
 
 
 def test_a_step_is_kept_halved_or_rejected_by_the_examples_that_are_new_in_the_next_batch(tmp_path: Path) -> None:
@@ -247,6 +247,14 @@ def test_a_step_of_probes_without_any_loss_leaves_theta(tmp_path: Path) -> None:
     trained(tmp_path / "run", config(), oracle)
     with RunDirectory.open(tmp_path / "run") as run:
         assert (run.state.step, run.theta(INITIAL).tolist()) == (4, INITIAL.tolist())
+
+
+def test_the_rate_is_half_after_the_probes_of_its_half_life(tmp_path: Path) -> None:
+    trained(tmp_path / "run", config(step={"half_life": N_PROBES[0], "final_lr": 1.0, "accept": False}))
+    rows = read_metrics(tmp_path / "run")
+    taken = np.cumsum([0, *(row["n_probes"] for row in rows)])[:-1]
+    assert [row["lr"] for row in rows] == pytest.approx(1 / (1 + taken / N_PROBES[0]))
+    assert rows[1]["lr"] == 0.5
 
 
 def test_a_model_that_has_lost_its_loss_ends_in_a_sentence_and_what_was_done_is_safe(tmp_path: Path) -> None:
