@@ -13,6 +13,7 @@ from fwdllama.layout import space_of
 from fwdllama.llama.activation import MAX_TOKENS
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
+from fwdllama.loss import VALUES_AT_ONCE
 from fwdllama.space import Space
 from gguf_tools.graph import EXACT_KV_TYPES
 from gguf_tools.model import ModelInfo
@@ -20,7 +21,6 @@ from gguf_tools.plan import Item, Part, Sizes, context_items, model_items
 from gguf_tools.split import can_be_cut
 
 EXAMPLES_BYTES = 12 << 20  # of 4,000 SQuAD questions as Python holds them, with the tokens of those that were drawn
-LONGEST_ANSWER = 24  # tokens whose losses are computed at once, where the data are not known
 SPACE_COPIES = 5  # of A and B: llama.cpp's, the adapter's, the chosen A, the initial adapter, its file while it is loaded
 THETA_COPIES = 8  # theta, the last update, a probe's offset and position, a step's sum and the direction being added, and a test of it
 MIN_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
@@ -64,13 +64,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a training run's data decide: tokens and number of sequences, the size of a unit, logits rows, tokens of the longest answer."""
+    """What a training run's data decide: tokens and number of sequences, the size of a unit, logits rows."""
 
     n_ctx: int
     n_seq: int
     unit_size: int
     n_outputs: int = MIN_OUTPUTS
-    n_target: int = LONGEST_ANSWER
 
     @classmethod
     def expected(cls, config: TrainConfig, n_ctx: int) -> Shape:
@@ -108,15 +107,15 @@ def evaluation(info: ModelInfo, options: ContextOptions, weights: ModelOptions, 
     items = [
         *model_items(whole, "the model", mmap=weights.mmap, repack=weights.repack),
         *context_of(options, whole, "the model", lora_rank=lora_rank),
-        _losses(info, options.n_outputs),
+        _losses(info),
         Item("examples and their tokens", EXAMPLES_BYTES),
     ]
     return Plan((Phase("answering", tuple(items)),))
 
 
-def _losses(info: ModelInfo, n_rows: int) -> Item:
-    """`fwdllama.loss.token_nll`: the logits less their maximum, and the exponentials of that."""
-    return Item(f"losses of {n_rows} tokens at once", 2 * 4 * n_rows * info.n_vocab)
+def _losses(info: ModelInfo) -> Item:
+    """`fwdllama.loss.token_nll`: some logits less their maximum, and the exponentials of that."""
+    return Item("losses from logits", 2 * 4 * max(info.n_vocab, VALUES_AT_ONCE))
 
 
 def training_options(config: TrainConfig, shape: Shape, n_threads: int) -> ContextOptions:
@@ -157,7 +156,7 @@ def training(info: ModelInfo, config: TrainConfig, shape: Shape) -> Plan:
     trained = [
         *context_of(options, top, label, lora_rank=space.rank),
         *([Item(f"values between the parts, of {shape.n_seq} examples", n_states)] if cut else []),
-        _losses(info, shape.n_target),
+        _losses(info),
         _theta(space, config),
     ]
     phases.append(Phase("training", (*held, *trained)))

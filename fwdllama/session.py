@@ -218,7 +218,7 @@ def opened(
         )
         held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path), n_outputs), config)
         n_seq = len(held_out) + batches.n_slots * unit_size
-        shape = Shape(n_ctx, n_seq, unit_size, n_outputs, max(len(e.target) for e in sample))
+        shape = Shape(n_ctx, n_seq, unit_size, n_outputs)
         context_options = training_options(config, shape, engine.n_threads or default_threads())
         check_memory(model_path, to_load(info, config, shape))
         trunk = None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fwdllama import loss as module
-from fwdllama.loss import bounded, choice_nll, token_nll
+from fwdllama.loss import VALUES_AT_ONCE, bounded, choice_nll, token_nll
 from tests.reference import nll
 
 LOGITS = st.lists(st.floats(-60, 60, width=32), min_size=2, max_size=12)
@@ -78,3 +78,11 @@ def test_losses_up_to_the_limit_are_what_they_are() -> None:
     losses = np.array([0.0, 1.5, 30.0])
     assert bounded(losses, math.inf).tolist() == losses.tolist()
     assert bounded(losses, 1.5)[:2].tolist() == [0.0, 1.5]
+
+
+def test_rows_that_are_taken_a_few_at_a_time_give_the_same_bits() -> None:
+    rng = np.random.default_rng(1)
+    n_vocab = VALUES_AT_ONCE // 3  # three rows at a time, and one is left over
+    logits, targets = rng.standard_normal((7, n_vocab), np.float32), rng.integers(0, n_vocab, 7).astype(np.int32)
+    alone = [token_nll(logits[i : i + 1], targets[i : i + 1])[0] for i in range(7)]
+    assert token_nll(logits, targets).tolist() == alone

@@ -7,6 +7,7 @@ random A: prompts take minutes there, and choosing A by activations is a phase o
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from .measure import Bar, Bench, Item, Measured
 from .runs import train_words
 
 LARGE_BYTES = 1 << 30  # of weights
+POOL = 2000  # questions to choose from
 CTX = 256  # to train; 256 holds most SQuAD questions
-EVAL_CTX, QUESTIONS = 512, 48  # enough that some decode asks for as many logits as one may
+EVAL_CTX, QUESTIONS = 512, 24  # those with the longest answers, as the plan must be for: of 400 some decode asks for all the logits it may
 SETTINGS = {"default": (), "small": ("--mmap", "--no-repack", "--kv-type", "q8_0")}
 
 
@@ -50,11 +52,12 @@ def plan(bench: Bench) -> Measured:
 
 def _pairs(bench: Bench, model: str, words: tuple[str, ...], large: bool) -> dict[str, tuple[int, int]]:
     """Predicted and measured bytes of each task."""
-    n_units, n_held_out, n_questions = (1, 5, 2) if large else (8, 32, bench.questions(QUESTIONS))
+    n_units, n_held_out, n_questions = (1, 5, 2) if large else (8, 32, QUESTIONS)
     data = _short_questions(bench) if large else bench.train_data
+    asked = data if large else _long_answers(bench)
     batch = ("--batch", n_units, "--ctx", EVAL_CTX, *words)
     planned = run(bench, "gguf", "plan", model, *batch, "--json").json
-    answered = run(bench, "eval", "--model", model, "--data", data, "--limit", n_questions, *batch, "--json")
+    answered = run(bench, "eval", "--model", model, "--data", asked, "--limit", n_questions, *batch, "--json")
     evaluating = (int(planned["eval"]["peak_bytes"]), answered.peak_bytes)
     shared = ("--held-out", n_held_out, "--ctx", CTX, *words)
     planned = run(bench, "gguf", "plan", model, "--batch", n_units, *shared, "--json").json
@@ -65,20 +68,31 @@ def _pairs(bench: Bench, model: str, words: tuple[str, ...], large: bool) -> dic
     return {"eval": evaluating, "train": (phases["training"] if large else int(planned["train"]["peak_bytes"]), trained.peak_bytes)}
 
 
+def _long_answers(bench: Bench) -> Path:
+    """A SQuAD file of the questions whose answers are longest."""
+    from fwdllama.tasks.load import load_dataset
+
+    examples = sorted(load_dataset(bench.train_data, limit=POOL).examples, key=lambda example: -len(example.answers[0]))
+    return _squad(bench, "long", [(e.fields["context"], [(e.id, e.fields["question"], e.answers[0])]) for e in examples[:QUESTIONS]])
+
+
 def _short_questions(bench: Bench) -> Path:
     """A SQuAD file of paragraphs of a few words, with as many questions on each as a batch takes."""
-    path = bench.work / "short.json"
     words = ("one", "two", "three", "four", "five")
-    paragraphs = [
-        {"context": f"{first} {' '.join(words)}", "qas": [_question(first, word) for word in words]}
-        for first in ("six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen")
+    firsts = ("six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen")
+    paragraphs = [(f"{first} {' '.join(words)}", [(f"{first}-{word}", f"What follows {word}?", word) for word in words]) for first in firsts]
+    return _squad(bench, "short", paragraphs)
+
+
+def _squad(bench: Bench, name: str, paragraphs: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]) -> Path:
+    """A file of contexts with (id, question, answer) on each."""
+    nodes = [
+        {"context": context, "qas": [{"id": id_, "question": question, "answers": [{"text": answer}]} for id_, question, answer in questions]}
+        for context, questions in paragraphs
     ]
-    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "words", "paragraphs": paragraphs}]}))
+    path = bench.work / f"{name}.json"
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": name, "paragraphs": nodes}]}))
     return path
-
-
-def _question(paragraph: str, word: str) -> dict[str, Any]:
-    return {"id": f"{paragraph}-{word}", "question": f"What follows {word}?", "answers": [{"text": word}]}
 
 
 ITEMS = (
