@@ -227,7 +227,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(source: Path, tmp_path: Path) -
 @pytest.mark.parametrize("by_signal", [True, False])
 def test_ctrl_c_and_what_progress_raises_end_the_work_at_once_and_leave_nothing(by_signal: bool, tmp_path: Path) -> None:
     """And the next file can be written again."""
-    path = write_tiny_llama(tmp_path / "f32.gguf", n_layers=8, n_embd=256, n_ff=512)
+    path = write_tiny_llama(tmp_path / "f32.gguf", n_layers=6, n_embd=128, n_ff=256)
     seen = []
 
     def stop(done: int, total: int) -> None:
@@ -240,7 +240,7 @@ def test_ctrl_c_and_what_progress_raises_end_the_work_at_once_and_leave_nothing(
 
     with pytest.raises(KeyboardInterrupt):
         quantize_model(path, tmp_path / "q.gguf", "Q8_0", n_threads=1, progress=stop)
-    assert seen == [(i, 74) for i in range(1, 6)]
+    assert seen == [(i, 56) for i in range(1, 6)]
     assert [each.name for each in tmp_path.iterdir()] == ["f32.gguf"]
     assert quantize_model(path, tmp_path / "q.gguf", "Q8_0", n_threads=1).quantisation == "Q8_0"
 
