@@ -20,14 +20,13 @@ from fwdllama.machine import check_memory, default_threads
 from fwdllama.memory import context_of, engine_options, evaluation
 from fwdllama.models import default_cache_dir
 from fwdllama.types import Scope
-from gguf_tools.adapter import Adapter, read_adapter
+from gguf_tools.adapter import BASE_KEY, Adapter, read_adapter
 from gguf_tools.model import file_sha256, read_model_info
-from gguf_tools.plan import CELLS, Part
+from gguf_tools.plan import CELLS, Part, whole_cells
 from gguf_tools.validate import validate_adapter
 
 log = logging.getLogger("fwdllama.engine")
 
-BASE_KEY = "fwdllama.base.sha256"
 MAX_CHOSEN_CTX = 2048  # tokens; a longer context is used only where it is asked for, because of its KV cache
 
 
@@ -76,7 +75,7 @@ class Engine:
         """
         info = self.model.info
         most = info.context_length if self.n_ctx is not None else min(info.context_length, MAX_CHOSEN_CTX)
-        n_ctx = min(most, self.n_ctx if self.n_ctx is not None else -(-n_tokens // CELLS) * CELLS)
+        n_ctx = min(most, self.n_ctx if self.n_ctx is not None else whole_cells(n_tokens))
         if self._context is None or self._context.options.n_ctx_seq < n_ctx:
             self._close_context()
             options = replace(self._options, n_ctx_seq=n_ctx)

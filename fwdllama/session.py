@@ -19,7 +19,6 @@ from fwdllama.calibration import Calibration, calibrate, measure
 from fwdllama.checkpoint import RunDirectory, State
 from fwdllama.config import TrainConfig
 from fwdllama.encode import Encoder, model_template
-from fwdllama.engine import BASE_KEY
 from fwdllama.layout import informed, space_of
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
@@ -35,9 +34,9 @@ from fwdllama.tasks import Kind
 from fwdllama.tasks.load import load_dataset, split_by_group
 from fwdllama.trainer import Clock, Progress, Trainer
 from fwdllama.types import Dataset, Encoded
-from gguf_tools.adapter import Adapter, write_adapter
+from gguf_tools.adapter import BASE_KEY, Adapter, write_adapter
 from gguf_tools.model import ModelInfo, file_sha256, read_model_info
-from gguf_tools.plan import CELLS
+from gguf_tools.plan import CELLS, whole_cells
 
 FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
 CALIBRATION_UNITS = 2  # of the first batch
@@ -263,7 +262,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 def _fitting(lengths: list[int], most: int) -> int:
     """The smallest multiple of llama.cpp's cell granularity that FIT of the examples fit."""
     wanted = sorted(lengths)[int(FIT * (len(lengths) - 1))]
-    return min(most, -(-wanted // CELLS) * CELLS)
+    return min(most, whole_cells(wanted))
 
 
 def _held_out_share(config: TrainConfig, dataset: Dataset) -> float:

@@ -28,8 +28,6 @@ from fwdllama.step import StepState, clipped, coefficients, combined
 from fwdllama.types import Encoded
 
 FIRST_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)  # powers of two, so that scaled coefficients stay exact
-
-
 # Standard errors. A test on eight examples, two paragraphs, is heavy-tailed: at two, one step in six was rejected, and runs ended 0.2 nats worse.
 CLEARLY_WORSE = 4.0
 

@@ -23,11 +23,17 @@ from gguf_tools.errors import FileError
 from gguf_tools.header import Header, TensorEntry
 from gguf_tools.mapping import mapped
 from gguf_tools.output import replacing
-from gguf_tools.validate import base_names, check_adapter
+from gguf_tools.validate import adapter_alpha, base_names, check_adapter
 
 Scope = Literal["answer", "all"]
 NAMESPACE = "fwdllama."
+BASE_KEY = "fwdllama.base.sha256"  # digest of the model that an adapter was made for
 INVOCATION_KEY = "adapter.alora.invocation_tokens"
+
+
+def scale_of(alpha: float, rank: int) -> float:
+    """What B A is multiplied by: alpha / rank, or 1 where alpha is 0, as llama.cpp has it."""
+    return alpha / rank if alpha else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +58,8 @@ class Adapter:
         return {name: a.shape[0] for name, (a, _) in self.tensors.items()}
 
     def scale(self, name: str) -> float:
-        """What B A of a tensor is multiplied by: alpha / rank, or 1 where alpha is 0, as llama.cpp has it."""
-        return self.alpha / self.tensors[name][0].shape[0] if self.alpha else 1.0
+        """What B A of a tensor is multiplied by."""
+        return scale_of(self.alpha, self.tensors[name][0].shape[0])
 
     @property
     def n_parameters(self) -> int:
@@ -154,11 +160,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         header = check_adapter(data, str(path))
         tensors = {name: adapter_pair(header, name) for name in base_names(header)}
         tokens = tuple(header.numbers(INVOCATION_KEY) or ())
-        alpha = header.values["adapter.lora.alpha"][1]
-        assert isinstance(alpha, float)  # check_adapter refuses anything else
         return Adapter(
             architecture=header.text("general.architecture") or "",
-            alpha=alpha,
+            alpha=adapter_alpha(header),
             tensors=tensors,
             scope="answer" if tokens else "all",
             invocation_tokens=tokens,

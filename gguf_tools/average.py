@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_tools.adapter import Adapter, read_adapter
+from gguf_tools.adapter import BASE_KEY, Adapter, read_adapter, scale_of
 from gguf_tools.errors import FileError
+from gguf_tools.validate import MAX_RANK
 
-MAX_RANK = 4096  # as validate accepts
-_BASE_KEY = "fwdllama.base.sha256"
 Half = NDArray[np.float32]
 
 
@@ -88,7 +87,7 @@ def _check_same(label: str, first: Adapter, other_label: str, other: Adapter) ->
     """What must be equal for a mean to make sense."""
     for what, one, two in (
         ("was made for the architecture", first.architecture, other.architecture),
-        ("has the base model", first.metadata.get(_BASE_KEY), other.metadata.get(_BASE_KEY)),
+        ("has the base model", first.metadata.get(BASE_KEY), other.metadata.get(BASE_KEY)),
         ("has the scope", first.scope, other.scope),
         ("has the invocation tokens", list(first.invocation_tokens), list(other.invocation_tokens)),
     ):
@@ -119,6 +118,6 @@ def _joined(name: str, halves: Sequence[tuple[Half, Half]], scales: Sequence[flo
     most = min(MAX_RANK, halves[0][0].shape[1], halves[0][1].shape[0])
     if rank > most:
         raise FileError(f"{label}: {name} would have rank {rank}, but at most {most} is of use; average fewer adapters.")
-    scale = alpha / rank if alpha else 1.0
+    scale = scale_of(alpha, rank)
     b = np.hstack([factor / scale * half.astype(np.float64) for (_, half), factor in zip(halves, scales, strict=True)])
     return np.vstack([a for a, _ in halves]), b.astype(np.float32)

@@ -7,8 +7,9 @@ tensor, whatever the model's size.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 from gguf_tools.errors import FileError
 from gguf_tools.llama import LlamaConfig, LlamaTensor, llama_tensors, read_llama_config
 from gguf_tools.model import ModelInfo, read_model_info
-from gguf_tools.output import new_file
+from gguf_tools.output import Progress, new_file
+from gguf_tools.recipe import file_type_of
 from gguf_tools.rotary import interleaved
 from gguf_tools.safetensors import SafetensorsFile
 from gguf_tools.shards import open_shards
+from gguf_tools.stream import OutTensor, write_tensors
 from gguf_tools.vocabulary import Vocabulary, read_vocabulary
 
 TYPES = ("F32", "F16", "BF16", "Q8_0")
@@ -46,7 +49,7 @@ def convert_model(
     *,
     type: str = "F16",
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Write the model in `folder` to the GGUF file `target`, its matrices as `type` (one of TYPES), norms as F32.
 
@@ -70,9 +73,9 @@ def convert_model(
             raise FileError(f"{folder}: the rows of {tensor.source} have {tensor.shape[1]} values, no multiple of 32 as {name} needs.")
     vocabulary = read_vocabulary(folder, config.n_vocab, config.token_ids)
     with new_file(target, force=force) as temporary:
-        writer = gguf.GGUFWriter(temporary, "llama")
-        _describe(writer, folder, config, name, vocabulary)
-        _write(writer, tensors, shards, config, kind, progress or (lambda done, total: None))
+        writer = gguf.GGUFWriter(None, "llama")
+        _describe(writer, folder, config, kind, vocabulary)
+        write_tensors(temporary, writer, list(_outputs(tensors, shards, config, kind)), progress)
         read_model_info(temporary)
     return Conversion(read_model_info(target), vocabulary.warnings)
 
@@ -97,7 +100,7 @@ def _check_tensors(
         raise FileError(f"{shards[name].path}: {name[:120]} is no tensor of a LLaMA of {config.n_layers} layers.")
 
 
-def _describe(writer: gguf.GGUFWriter, folder: Path, config: LlamaConfig, type: str, vocabulary: Vocabulary) -> None:
+def _describe(writer: gguf.GGUFWriter, folder: Path, config: LlamaConfig, kind: GGMLQuantizationType, vocabulary: Vocabulary) -> None:
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
     writer.add_block_count(config.n_layers)
@@ -115,47 +118,21 @@ def _describe(writer: gguf.GGUFWriter, folder: Path, config: LlamaConfig, type: 
         writer.add_rope_scaling_factor(config.rope_linear)
     writer.add_layer_norm_rms_eps(config.rms_eps)
     writer.add_vocab_size(config.n_vocab)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if type == "F32" else f"MOSTLY_{type}"])
+    writer.add_file_type(file_type_of(kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.add_to(writer)
 
 
-def _write(
-    writer: gguf.GGUFWriter,
-    tensors: list[LlamaTensor],
-    shards: Mapping[str, SafetensorsFile],
-    config: LlamaConfig,
-    kind: GGMLQuantizationType,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Header, then the tensors in pieces. The writer takes whole arrays only, so the pieces go to its file directly."""
-    sizes = {}
+def _outputs(
+    tensors: list[LlamaTensor], shards: Mapping[str, SafetensorsFile], config: LlamaConfig, kind: GGMLQuantizationType
+) -> Iterator[OutTensor]:
+    """What is written, in the file's order."""
     for tensor in tensors:
         own = kind if len(tensor.shape) == 2 else GGMLQuantizationType.F32
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, own)
-        sizes[tensor.name] = int(np.prod(shape, dtype=np.int64))
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), sizes[tensor.name], own)
-    if config.rope_divisors is not None:
-        writer.add_tensor_info(_ROPE_FREQS, config.rope_divisors.shape, np.dtype(np.float32), config.rope_divisors.nbytes)
-    total, done = sum(sizes.values()), 0
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        out = writer.fout[0]
-        writer.write_padding(out, out.tell())
-        for tensor in tensors:
-            for piece in _pieces(shards[tensor.source], tensor, config.head_dim, kind):
-                piece.tofile(out)
-                done += piece.nbytes
-                progress(done, total)
-            writer.write_padding(out, sizes[tensor.name])
-        if config.rope_divisors is not None:
-            config.rope_divisors.tofile(out)
-            writer.write_padding(out, config.rope_divisors.nbytes)
-    finally:
-        writer.close()
+        pieces = partial(_pieces, shards[tensor.source], tensor, config.head_dim, kind)
+        yield OutTensor(tensor.name, tensor.shape, own, pieces)
+    if (divisors := config.rope_divisors) is not None:
+        yield OutTensor(_ROPE_FREQS, divisors.shape, GGMLQuantizationType.F32, lambda: [divisors])
 
 
 def _pieces(
@@ -173,4 +150,4 @@ def _pieces(
         if kind == GGMLQuantizationType.F16 and (largest := float(np.abs(rows).max())) > _MAX_F16:
             raise FileError(f"{file.path}: {tensor.source} holds {largest:g}, but F16 ends at {_MAX_F16:g}; take F32 or BF16.")
         rows = interleaved(rows, head_dim) if tensor.rotated else rows
-        yield quantize(rows, kind)
+        yield np.ascontiguousarray(quantize(rows, kind))

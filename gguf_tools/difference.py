@@ -6,8 +6,9 @@ ranks too. It is never built: with QR factors of B and of A transposed, its Frob
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 
 from gguf_tools.adapter import Adapter, read_adapter
 from gguf_tools.errors import FileError
-from gguf_tools.header import MODEL_LIMITS, Header, TensorEntry, parse_header
+from gguf_tools.header import MODEL_LIMITS, Header, parse_header
 from gguf_tools.mapping import forget, mapped
+from gguf_tools.model import is_adapter
+from gguf_tools.output import Progress
+from gguf_tools.stream import row_slices
 
 PIECE_VALUES = 1 << 20  # of a model's tensor at a time, 4 MiB of float32
 Matrix = NDArray[np.float64]
-Progress = Callable[[int, int], None]  # tensors done, tensors to do
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def difference(
     """
     with mapped(a) as data_a, mapped(b) as data_b:
         first, second = parse_header(data_a, str(a), MODEL_LIMITS), parse_header(data_b, str(b), MODEL_LIMITS)
-        kinds = [_is_adapter(header) for header in (first, second)]
+        kinds = [is_adapter(header) for header in (first, second)]
         if kinds[0] != kinds[1]:
             words = ["an adapter" if kind else "a model" for kind in kinds]
             raise FileError(f"{b}: is {words[1]}, but {a} is {words[0]}; only files of a kind can be compared.")
@@ -85,10 +88,6 @@ def difference(
         if kinds[0]:
             return _of_adapters(str(a), str(b), read_adapter(a), read_adapter(b), progress)
         return _of_models(first, second, progress)
-
-
-def _is_adapter(header: Header) -> bool:
-    return header.text("general.type") == "adapter" or "adapter.type" in header.values
 
 
 def _of_adapters(a: str, b: str, first: Adapter, second: Adapter, progress: Progress | None) -> Difference:
@@ -146,30 +145,19 @@ def _of_models(first: Header, second: Header, progress: Progress | None) -> Diff
 def _pieces(header: Header, name: str) -> Iterator[Matrix]:
     """A tensor's values in pieces of whole rows, flat; equal shapes give equal pieces."""
     entry = header.tensors[name]
-    n_rows, n_row = _rows(entry)
-    row_bytes = entry.size_bytes // n_rows
-    step = max(1, PIECE_VALUES // n_row)
-    for start in range(0, n_rows, step):
-        n = min(step, n_rows - start)
-        raw = np.frombuffer(header.data, np.uint8, n * row_bytes, entry.offset + start * row_bytes).reshape(n, row_bytes)
+    row_bytes = entry.size_bytes // math.prod(entry.shape[:-1])
+    for start, end in row_slices(entry.shape, PIECE_VALUES):
+        offset, n_bytes = entry.offset + start * row_bytes, (end - start) * row_bytes
+        raw = np.frombuffer(header.data, np.uint8, n_bytes, offset).reshape(-1, row_bytes)
         yield _values(header.label, name, entry.type, raw).astype(np.float64).ravel()
-        forget(header.data, entry.offset + start * row_bytes, n * row_bytes)
-
-
-def _rows(entry: TensorEntry) -> tuple[int, int]:
-    n_row = entry.shape[-1]
-    total = 1
-    for n in entry.shape:
-        total *= n
-    return total // n_row, n_row
+        forget(header.data, offset, n_bytes)
 
 
 def _values(label: str, name: str, kind: GGMLQuantizationType, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     if kind == GGMLQuantizationType.F64:
         return raw.view(np.float64).astype(np.float32)
     try:
-        values: NDArray[np.float32] = dequantize(raw.view(np.float16) if kind == GGMLQuantizationType.F16 else
-                                                 raw.view(np.float32) if kind == GGMLQuantizationType.F32 else raw, kind)  # fmt: skip
+        values: NDArray[np.float32] = dequantize(raw, kind)
     except NotImplementedError:
         raise FileError(f"{label}: {name} is of type {kind.name}, whose values cannot be read here.") from None
     return values

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gguf_tools.header import Buffer, TensorEntry
+from gguf_tools.errors import FileError
+from gguf_tools.header import Buffer, Header, TensorEntry
 from gguf_tools.mapping import forget
 
 T = GGMLQuantizationType
@@ -43,6 +44,18 @@ def first_not_finite(data: Buffer, entry: TensorEntry) -> int | None:
         code, exponent = _PLAIN[entry.type]
         return _first(data, entry, code, exponent, np.dtype(code).itemsize, (0,))
     return _first(data, entry, "<u2", 0x7C00, GGML_QUANT_SIZES[entry.type][1], _SCALES[entry.type])
+
+
+def check_finite(header: Header, name: str, entry: TensorEntry) -> None:
+    """Refuse a tensor with an infinity or NaN.
+
+    Raises:
+        FileError: it has one.
+        KeyError: as `first_not_finite`.
+    """
+    bad = first_not_finite(header.data, entry)
+    if bad is not None:
+        raise FileError(f"{header.label}: {name} holds a value that is not finite at byte {bad}.")
 
 
 def _first(data: Buffer, entry: TensorEntry, code: str, exponent: int, stride: int, places: tuple[int, ...]) -> int | None:

@@ -16,8 +16,8 @@ from typing import Literal
 from gguf_tools.adapter import INVOCATION_KEY, NAMESPACE, Scope
 from gguf_tools.header import MODEL_LIMITS, Header, parse_header
 from gguf_tools.mapping import mapped
-from gguf_tools.model import model_info
-from gguf_tools.validate import base_names, check_adapter_header
+from gguf_tools.model import is_adapter, model_info
+from gguf_tools.validate import adapter_alpha, base_names, check_adapter_header
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def inspect_file(path: str | os.PathLike[str]) -> ModelView | AdapterView:
     """
     with mapped(path) as data:
         header = parse_header(data, str(path), MODEL_LIMITS)
-        if header.text("general.type") == "adapter" or "adapter.type" in header.values:
+        if is_adapter(header):
             return _adapter(header)
         return _model(header)
 
@@ -151,8 +151,6 @@ def _adapter(header: Header) -> AdapterView:
     check_adapter_header(header)
     names = base_names(header)
     tokens = tuple(header.numbers(INVOCATION_KEY) or ())
-    alpha = header.values["adapter.lora.alpha"][1]
-    assert isinstance(alpha, float)  # check_adapter_header refuses anything else
     texts = {
         key: header.text(key) or ""
         for key, (_, value) in header.values.items()
@@ -163,7 +161,7 @@ def _adapter(header: Header) -> AdapterView:
         architecture=header.text("general.architecture") or "",
         size_bytes=len(header.data),
         n_parameters=sum(prod(entry.shape) for entry in header.tensors.values()),
-        alpha=alpha,
+        alpha=adapter_alpha(header),
         ranks=tuple(sorted({header.tensors[f"{name}.lora_a"].shape[0] for name in names})),
         scope="answer" if tokens else "all",
         invocation_tokens=tokens,

@@ -20,18 +20,18 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from gguf_tools.adapter import INVOCATION_KEY, adapter_pair
+from gguf_tools.adapter import INVOCATION_KEY, adapter_pair, scale_of
 from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, Header, TensorEntry, parse_header
 from gguf_tools.mapping import mapped
 from gguf_tools.model import read_model_info
+from gguf_tools.output import Progress
 from gguf_tools.quantize import quantize_rows
 from gguf_tools.recipe import NEEDS_IMPORTANCE, check_rows, file_type_of, is_matrix, tensor_type
 from gguf_tools.stream import OutTensor, metadata_of, row_slices, write_streamed
-from gguf_tools.validate import base_names, check_adapter
+from gguf_tools.validate import adapter_alpha, base_names, check_adapter
 
 SAME = "same"
-Progress = Callable[[int, int], None]  # bytes done, of all
 
 
 @dataclass
@@ -121,12 +121,11 @@ def _check(where: str, entry: TensorEntry, kind: GGMLQuantizationType) -> None:
 
 def _delta(lora: Header, name: str) -> Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """A and B of a tensor, read when called; B is scaled as llama.cpp scales it, where an alpha of 0 stands for the rank."""
-    alpha = lora.values["adapter.lora.alpha"][1]
-    assert isinstance(alpha, float)  # check_adapter refuses anything else
+    alpha = adapter_alpha(lora)
 
     def read() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         a, b = adapter_pair(lora, name)
-        return a, b * np.float32(alpha / a.shape[0] if alpha else 1.0)
+        return a, b * np.float32(scale_of(alpha, a.shape[0]))
 
     return read
 

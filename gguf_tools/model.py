@@ -140,10 +140,15 @@ def model_info(header: Header) -> ModelInfo:
     )
 
 
+def is_adapter(header: Header) -> bool:
+    """Whether the file says that it is an adapter, which need not be a sound one."""
+    return header.text("general.type") == "adapter" or "adapter.type" in header.values
+
+
 def _kind_of_model(header: Header) -> str:
     """The architecture of a file that is a whole text model."""
     kind = header.text("general.type")
-    if kind == "adapter" or "adapter.type" in header.values:
+    if is_adapter(header):
         raise FileError(f"{header.label}: is an adapter, but a base model was expected.")
     if kind not in (None, "model"):
         raise FileError(f"{header.label}: general.type is {kind!r:.80}, but a base model was expected.")

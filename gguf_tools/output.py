@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gguf_tools.errors import FileError
+
+Progress = Callable[[int, int], None]  # how much of a work is done, of how much: bytes or tensors
 
 
 @contextmanager

@@ -32,6 +32,15 @@ _TOKEN_BYTES, _MERGE_BYTES = 40 + 32 + 72 + 32, 112 + 32
 _NODE_BYTES, _GRAPHS = 368 + 80, 4  # one to reserve with, one with and one without outputs, and the scheduler's own
 
 
+def whole_cells(n_tokens: int) -> int:
+    """The cells that llama.cpp gives a sequence of so many tokens.
+
+    >>> whole_cells(257)
+    512
+    """
+    return -(-n_tokens // CELLS) * CELLS
+
+
 @dataclass(frozen=True)
 class Item:
     """A piece of memory; `mapped`: pages of a file, which the system can take back and read again, at the price of time."""
@@ -152,7 +161,7 @@ def kv_bytes(part: Part, sizes: Sizes) -> int:
 
 
 def _cells(sizes: Sizes) -> int:
-    return math.ceil(sizes.n_ctx_seq / CELLS) * CELLS
+    return whole_cells(sizes.n_ctx_seq)
 
 
 def decode_of(sizes: Sizes, lora_rank: int = 0) -> Decode:

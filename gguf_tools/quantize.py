@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from gguf_tools.errors import FileError
 from gguf_tools.imatrix import Importance, check_importance, read_imatrix
 from gguf_tools.model import ModelInfo, read_model_info
-from gguf_tools.output import new_file
+from gguf_tools.output import Progress, new_file
 from gguf_tools.recipe import Recipe, file_type, tensor_overrides
 
 Path_ = str | os.PathLike[str]
-Progress = Callable[[int, int], None]  # how much is done, of how much: here tensors
 
 # Rows of one tensor that the quantiser holds at a time. Its own 8 GiB would take 2.1 GB for the embeddings of LLaMA 3.
 _BUFFER_BYTES = 1 << 28

@@ -7,7 +7,6 @@ outside the LLaMA family, is returned as a list of what was not checked, never p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,16 +14,16 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from gguf_tools.architecture import FAMILY, check_keys, check_sizes, wanted_tensors
 from gguf_tools.errors import FileError
-from gguf_tools.finite import can_be_scanned, first_not_finite
+from gguf_tools.finite import can_be_scanned, check_finite
 from gguf_tools.header import MODEL_LIMITS, Header, parse_header
 from gguf_tools.mapping import mapped
-from gguf_tools.model import ModelInfo, model_info
+from gguf_tools.model import ModelInfo, is_adapter, model_info
+from gguf_tools.output import Progress
 from gguf_tools.tokenizer import check_tokenizer
 from gguf_tools.validate import check_adapter_header, check_adapter_numbers
 
 # Without a dot product in ggml: a matrix of these is a call through a null pointer.
 _NO_WEIGHTS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
-Progress = Callable[[int, int], None]  # bytes done, bytes to do
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def validate_file(
     *,
     base: ModelInfo | None = None,
     data: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None,  # given bytes
 ) -> Verdict:
     """Check a model or an adapter, the latter also against `base`; `data` scans a model's weights too.
 
@@ -54,7 +53,7 @@ def validate_file(
     """
     with mapped(path) as buffer:
         header = parse_header(buffer, str(path), MODEL_LIMITS)
-        if header.text("general.type") == "adapter" or "adapter.type" in header.values:
+        if is_adapter(header):
             check_adapter_header(header, base)
             check_adapter_numbers(header)
             open_question = () if base is not None else ("whether it fits a model (no base was given)",)
@@ -118,9 +117,8 @@ def _check_numbers(header: Header, data: bool, progress: Progress | None) -> tup
     total, done = sum(entry.size_bytes for _, entry in entries), 0
     unknown = sorted({entry.type.name for _, entry in entries if not can_be_scanned(entry.type)})
     for name, entry in entries:
-        bad = first_not_finite(header.data, entry) if can_be_scanned(entry.type) else None
-        if bad is not None:
-            raise FileError(f"{header.label}: {name} holds a value that is not finite at byte {bad}.")
+        if can_be_scanned(entry.type):
+            check_finite(header, name, entry)
         done += entry.size_bytes
         if progress is not None:
             progress(done, total)

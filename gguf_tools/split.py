@@ -15,8 +15,8 @@ from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, Array, parse_header
 from gguf_tools.mapping import mapped
 from gguf_tools.model import ModelInfo, read_model_info
-from gguf_tools.output import new_file
-from gguf_tools.quantize import Path_, Progress, run_quantizer
+from gguf_tools.output import Progress, new_file
+from gguf_tools.quantize import Path_, run_quantizer
 
 # After how many layers an architecture repeats itself (sliding windows, layers without rotation): only a multiple of
 # that can be cut off the front without changing what the remaining layers compute. Architectures not listed are not

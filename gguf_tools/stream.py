@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gguf_tools.errors import FileError
 from gguf_tools.header import Array, Header
-from gguf_tools.output import new_file
+from gguf_tools.output import Progress, new_file
 
 PIECE_VALUES = 1 << 21  # values in one piece: 8 MiB as float32
 _OWN_KEYS = ("general.architecture", "general.alignment")  # written by the writer itself
@@ -42,10 +42,10 @@ class OutTensor:
         return math.prod(self.shape) // block * block_bytes
 
 
-def row_slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of whole rows, each of about PIECE_VALUES values; rows of all but the last dimension are counted through."""
+def row_slices(shape: tuple[int, ...], n_values: int = PIECE_VALUES) -> Iterator[tuple[int, int]]:
+    """Ranges of whole rows, each of about `n_values` values; rows of all but the last dimension are counted through."""
     n_rows = math.prod(shape[:-1])
-    step = max(1, PIECE_VALUES // shape[-1])
+    step = max(1, n_values // shape[-1])
     for start in range(0, n_rows, step):
         yield start, min(start + step, n_rows)
 
@@ -56,38 +56,43 @@ def write_streamed(
     tensors: Sequence[OutTensor],
     *,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write a model file; `progress` is called with the bytes of tensors that are done, and all.
 
     Raises:
         FileError: `path` exists without `force`, cannot be written, or the disk has too little room, found before any work.
     """
-    total = sum(tensor.size_bytes for tensor in tensors)
     with new_file(path, force=force) as temporary:
-        _check_room(Path(path), temporary, total)
+        _check_room(Path(path), temporary, sum(tensor.size_bytes for tensor in tensors))
+        write_tensors(temporary, writer, tensors, progress)
+
+
+def write_tensors(target: Path, writer: GGUFWriter, tensors: Sequence[OutTensor], progress: Progress | None = None) -> None:
+    """Write header and tensors to `target` itself, for a caller that looks at the file before it takes another's place."""
+    total = sum(tensor.size_bytes for tensor in tensors)
+    for tensor in tensors:
+        # A dtype that is not uint8, so that the shape is taken as it is.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size_bytes, tensor.type)
+    try:
+        writer.write_header_to_file(target)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        done = 0
         for tensor in tensors:
-            # A dtype that is not uint8, so that the shape is taken as it is.
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size_bytes, tensor.type)
-        try:
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            assert writer.fout is not None
-            (file,) = writer.fout
-            writer.write_padding(file, file.tell())
-            done = 0
-            for tensor in tensors:
-                start = done
-                for piece in tensor.pieces():
-                    file.write(piece.data)
-                    done += piece.nbytes
-                    if progress is not None:
-                        progress(done, total)
-                assert done - start == tensor.size_bytes, tensor.name
-                writer.write_padding(file, tensor.size_bytes)
-        finally:
-            writer.close()
+            start = done
+            for piece in tensor.pieces():
+                file.write(piece.data)
+                done += piece.nbytes
+                if progress is not None:
+                    progress(done, total)
+            assert done - start == tensor.size_bytes, tensor.name
+            writer.write_padding(file, tensor.size_bytes)
+    finally:
+        writer.close()
 
 
 def _check_room(path: Path, temporary: Path, n_bytes: int) -> None:

@@ -7,7 +7,7 @@ them into logits with a standard deviation of 0.5, and a token's loss is about l
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,11 @@ from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, parse_header
 from gguf_tools.mapping import mapped
 from gguf_tools.model import read_model_info
+from gguf_tools.output import Progress
 from gguf_tools.recipe import check_rows, file_type_of, is_matrix
 from gguf_tools.shape import TINY, LlamaShape
 from gguf_tools.stream import OutTensor, metadata_of, row_slices, write_streamed
 
-Progress = Callable[[int, int], None]  # bytes done, of all
 _LOGIT_DEVIATION = 0.5
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from gguf_tools.errors import FileError
-from gguf_tools.finite import first_not_finite
+from gguf_tools.finite import check_finite
 from gguf_tools.header import ADAPTER_LIMITS, Array, Buffer, Header, parse_header
 from gguf_tools.mapping import mapped
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _BASE = re.compile(r"(?:blk\.\d{1,5}\.[a-z0-9_]+|output)\.weight")
 _TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
-_MAX_RANK = 4096
+MAX_RANK = 4096
 _MAX_INVOCATION = 256
 
 
@@ -82,9 +82,14 @@ def check_adapter_numbers(header: Header) -> None:
         FileError: one is not.
     """
     for name, entry in header.tensors.items():
-        bad = first_not_finite(header.data, entry)
-        if bad is not None:
-            raise FileError(f"{header.label}: {name} holds a value that is not finite at byte {bad}.")
+        check_finite(header, name, entry)
+
+
+def adapter_alpha(header: Header) -> float:
+    """Alpha of an adapter whose header was checked."""
+    alpha = header.values["adapter.lora.alpha"][1]
+    assert isinstance(alpha, float)  # check_adapter_header refuses anything else
+    return alpha
 
 
 def base_names(header: Header) -> list[str]:
@@ -158,8 +163,8 @@ def _check_pair(header: Header, name: str, base: ModelInfo | None) -> None:
         raise FileError(
             f"{header.label}: {name}.lora_a has shape ({rank}, {n_in}), lora_b ({n_out}, {rank_b}): the ranks differ."
         )
-    if rank > _MAX_RANK:
-        raise FileError(f"{header.label}: {name}.lora_a has rank {rank}, but at most {_MAX_RANK} is accepted.")
+    if rank > MAX_RANK:
+        raise FileError(f"{header.label}: {name}.lora_a has rank {rank}, but at most {MAX_RANK} is accepted.")
     if base is None:
         return
     if name not in base.tensors:

@@ -11,7 +11,7 @@ import pytest
 
 from fwdllama.answering import answer_dataset, ask, choose_template, open_engine
 from fwdllama.encode import encode_dataset
-from fwdllama.engine import BASE_KEY, Engine
+from fwdllama.engine import Engine
 from fwdllama.errors import AdapterError, DataError, ResourceError, UsageError
 from fwdllama.llama.generate import generate
 from fwdllama.machine import available_bytes, check_memory, default_threads, total_bytes
@@ -19,7 +19,7 @@ from fwdllama.score import exact_match, f1, normalise
 from fwdllama.tasks.load import load_dataset
 from fwdllama.tasks.template import seed_template
 from fwdllama.types import Dataset, Example
-from gguf_tools.adapter import Adapter, write_adapter
+from gguf_tools.adapter import BASE_KEY, Adapter, write_adapter
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256, read_model_info
 from gguf_tools.plan import Item

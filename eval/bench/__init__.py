@@ -9,6 +9,7 @@ runs            training and scoring on real questions; the demo
 backprop_race   forward-only against back-propagation
 directions      a direction for each example against one for the whole batch
 costs           of a probe, of memory, of starting
+plan            planned memory against measured
 safety          equal ledgers, and runs that are killed
 backprop        exact gradients in torch; the opponent, and a tool of development
 """

@@ -63,7 +63,7 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.adapter import read_adapter
     from gguf_tools.model import read_model_info
-    from gguf_tools.plan import CELLS
+    from gguf_tools.plan import whole_cells
 
     facts, config = read_facts(run), read_config(run / "config.json")
     if config.space.scope != "answer":
@@ -78,7 +78,7 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
         encoder = Encoder(model, model_template(model, config.template, "squad"))
         questions = drawn_questions(encoder, load_dataset(dev).examples, n_questions)
         pool = _pool(encoder, load_dataset(Path(facts["files"]["data"])).examples, n_ctx, config.seed)
-        cells = -(-max(e.n_tokens for e in questions) // CELLS) * CELLS
+        cells = whole_cells(max(e.n_tokens for e in questions))
         options = ContextOptions(
             cells, len(questions), max(64, len(questions)), n_threads=n_threads, kv_type=config.engine.kv_type, flash=config.engine.flash
         )

@@ -113,9 +113,9 @@ def _pair(
     from fwdllama.llama.oracle import LlamaOracle
     from fwdllama.llama.trunk import Trunk
     from fwdllama.machine import default_threads
-    from gguf_tools.plan import CELLS
+    from gguf_tools.plan import whole_cells
 
-    n_ctx = -(-max(e.n_tokens for e in examples) // CELLS) * CELLS
+    n_ctx = whole_cells(max(e.n_tokens for e in examples))
     options = ContextOptions(n_ctx, len(examples), n_outputs=64, n_threads=default_threads(), flash=False)
     with ExitStack() as resources:
         trunk = None

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fwdllama.cli.gguf import made
 from fwdllama.errors import UsageError
 
 
@@ -16,7 +17,7 @@ def register(group: typer.Typer) -> None:
     @group.command("average")
     def average_command(
         files: Annotated[list[Path], typer.Argument(help="Adapters of the same model, scope and tensors.", metavar="ADAPTER...")],
-        out: Annotated[Path, typer.Option("--out", "-o", help="File to write.", metavar="FILE", show_default=False)],
+        out: made.Out,
         weights: Annotated[
             str | None, typer.Option(help="A weight for each adapter, such as 3,1; they need not add up to 1. Default: equal.", metavar="X,X")
         ] = None,
@@ -29,12 +30,12 @@ def register(group: typer.Typer) -> None:
 
         It is exact: where all have the same A, B is averaged; where not, it is refused, or made with --concatenate.
         """
-        from gguf_tools.adapter import write_adapter
+        from gguf_tools.adapter import adapter_bytes
         from gguf_tools.average import average_files
         from gguf_tools.output import new_file
 
         with new_file(out, force=force) as temporary:
-            write_adapter(temporary, average_files(files, _numbers(weights), concatenate=concatenate))
+            temporary.write_bytes(adapter_bytes(average_files(files, _numbers(weights), concatenate=concatenate)))
         typer.echo(out)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fwdllama.cli.gguf.bar import bar
 
 
 def register(group: typer.Typer) -> None:
@@ -27,21 +27,9 @@ def register(group: typer.Typer) -> None:
         """Convert a Hugging Face LLaMA to GGUF, and print the path of the file."""
         from gguf_tools.convert import convert_model
 
-        with _shown() as report:
+        with bar("converting") as report:
             done = convert_model(folder, output, type=type_name, force=force, progress=report)
         for sentence in done.warnings:
             typer.echo(f"warning: {sentence}", err=True)
         typer.echo(output)
 
-
-@contextmanager
-def _shown() -> Iterator[Callable[[int, int], None]]:
-    """Bytes written, as a bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
