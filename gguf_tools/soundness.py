@@ -25,6 +25,9 @@ from gguf_tools.validate import check_adapter_header, check_adapter_numbers
 # Without a dot product in ggml: a matrix of these is a call through a null pointer.
 _NO_WEIGHTS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
 
+# ggml's TENSOR_ALIGNMENT: it uses a mapped file's bytes where they lie, and aborts where a buffer does not begin at a multiple of this.
+_TENSOR_ALIGNMENT = 32
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -77,6 +80,12 @@ def check_model(header: Header) -> tuple[ModelInfo, tuple[str, ...]]:
         found = header.values.get(key, (wanted, None))[0]
         if found != wanted:
             raise FileError(f"{header.label}: {key} is of type {found.name}, but must be {wanted.name}.")
+    for name, entry in header.tensors.items():
+        if entry.offset % _TENSOR_ALIGNMENT:
+            raise FileError(
+                f"{header.label}: {name} begins at byte {entry.offset}, but must begin at a multiple of {_TENSOR_ALIGNMENT}, or llama.cpp aborts; "
+                f"general.alignment is {header.number('general.alignment')}."
+            )
     info = model_info(header)
     unchecked = check_tokenizer(header, add_bos=info.add_bos)
     if info.architecture in FAMILY:

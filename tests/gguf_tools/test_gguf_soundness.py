@@ -88,6 +88,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "name not UTF-8": (key("general.name", STRING, b"\xff"), r"general.name is not UTF-8"),
     "name a number": (key("general.name", U32, 1), r"general.name is of type UINT32"),
     "file type a float": (key("general.file_type", F32, 1.0), r"general.file_type is of type FLOAT32"),
+    "tensors at odd places": (key("general.alignment", U32, 1), r"token_embd.weight begins at byte \d+, but must begin at a multiple of 32, .* is 1"),
     "a part of several": (key("split.count", 2, 3), r"is one of 3 parts"),
     "split count of 32 bits": (key("split.count", U32, 1), r"split.count is of type UINT32, but must be UINT16"),
     "no layers": (key("block_count", U32, 0), r"llama.block_count is 0"),
