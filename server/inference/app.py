@@ -111,6 +111,9 @@ async def _encoded(param: str, encode: Any) -> list[tuple[int, ...]]:
         tokens: list[tuple[int, ...]] = await asyncio.to_thread(encode)
     except DataError as error:
         raise Fault(400, str(error), param=param) from error
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        wrong = f"{error.object[error.start]!r} at character {error.start}"
+        raise Fault(400, f"the {param} cannot be written as UTF-8: {wrong} is no character.", param=param) from error
     return tokens
 
 
@@ -209,13 +212,14 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return {"status": "ready"}
 
 
-async def _as_response(_request: Request, error: Exception) -> Response:
+async def _as_response(request: Request, error: Exception) -> Response:
     """Every failure in OpenAI's form."""
     if isinstance(error, RequestValidationError):
         fault = _first_complaint(error)
     elif isinstance(error, HTTPException):
-        text = str(error.detail)
-        fault = Fault(error.status_code, f"{text[:1].lower()}{text[1:].rstrip('.')}.")
+        what = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible at {request.url.path}"}
+        text = what.get(error.status_code, str(error.detail).rstrip("."))
+        fault = Fault(error.status_code, f"{text[:1].lower()}{text[1:]}.")
     elif isinstance(error, Fault):
         fault = error
     else:

@@ -99,26 +99,27 @@ class Slots:
         if self._reading:
             answer = self._reading[0]
             self._reading.rotate(-1)
-            ended += self._guarded([answer], self._read)
+            ended += self._ended([answer], self._read)
         kinds = list({id(answer.generating_with): answer.generating_with for answer in self._generating}.values())
         for kind in sorted(kinds, key=lambda kind: kind is not self._adapters.on_now):
             alike = [answer for answer in self._generating if answer.generating_with is kind]
             lots = [sorted(alike, key=lambda answer: answer.slot)] if len(alike) >= self._together else [[answer] for answer in alike]
             for lot in lots:
-                ended += self._guarded(lot, self._generate)
-        for answer in ended:
-            self.remove(answer)
+                ended += self._ended(lot, self._generate)
         return ended
 
-    def _guarded(self, answers: list[Answer], work: Callable[[list[Answer]], list[Answer]]) -> list[Answer]:
-        """What `work` ended: all of them, where llama.cpp refuses."""
+    def _ended(self, answers: list[Answer], work: Callable[[list[Answer]], list[Answer]]) -> list[Answer]:
+        """Which of `answers` end with `work`: all of them, where llama.cpp refuses."""
         try:
-            return work(answers)
+            ended = work(answers)
         except EngineError as error:
+            ended = answers
             for answer in answers:
                 answer.request.emit(Failed(str(error)))
                 answer.request.cancelled = True
-            return answers
+        for answer in ended:
+            self.remove(answer)
+        return ended
 
     def _read(self, answers: list[Answer]) -> list[Answer]:
         [answer] = answers
