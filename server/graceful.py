@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-log = logging.getLogger("fwdllama.server")
+log = logging.getLogger("fwdllama.server")  # whoever runs a server decides what of it is shown
 
 
 class GracefulServer(uvicorn.Server):

@@ -218,8 +218,8 @@ async def _as_response(request: Request, error: Exception) -> Response:
         fault = _first_complaint(error)
     elif isinstance(error, HTTPException):
         what = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible at {request.url.path}"}
-        text = what.get(error.status_code, str(error.detail).rstrip("."))
-        fault = Fault(error.status_code, f"{text[:1].lower()}{text[1:]}.")
+        text = str(error.detail).rstrip(".")
+        fault = Fault(error.status_code, f"{what.get(error.status_code, text[:1].lower() + text[1:])}.")
     elif isinstance(error, Fault):
         fault = error
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fwdllama.cli import options as o
-from fwdllama.errors import EngineError, UsageError
+from fwdllama.errors import DataError, EngineError, UsageError
 
 from ..listen import check_exposure, listening, url_of
 
@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
         ctx: Annotated[int | None, o.option(MACHINE, "Tokens of a prompt with its answer.", "2048", min=16, metavar="N")] = None,
         parallel: Annotated[int, o.option(MACHINE, "Answers generated at a time.", "4", min=1, max=256, metavar="N")] = 4,
         together: Annotated[
-            int | None, o.option(MACHINE, "Answers from which one decode is for all; 2 on a GPU.", "by the model's type", min=1, metavar="N")
+            int | None, o.option(MACHINE, "Answers from which one decode is for all; 2 on a GPU.", "by the model's type", min=2, metavar="N")
         ] = None,
         threads: Annotated[int | None, o.option(MACHINE, "CPU threads.", "one a physical core", min=1, metavar="N")] = None,
     ) -> None:
@@ -71,8 +71,9 @@ def register(app: typer.Typer) -> None:
         from .engine import open_engine
         from .follow import AggregatorSource, FileSource, Follower, read_key
 
-        level = log.level
-        log.setLevel(logging.INFO)
+        levels = {logger: logger.level for logger in (log, logging.getLogger("fwdllama.server"))}
+        for logger in levels:
+            logger.setLevel(min(logging.getLogger("fwdllama").level or logging.INFO, logging.INFO))
         try:
             path = resolve(model)
             base_id = name or (model if not Path(model).is_file() else path.stem)
@@ -86,6 +87,8 @@ def register(app: typer.Typer) -> None:
                 source = FileSource(adapter, info)
                 tuned_id = f"{base_id}:{adapter.stem}"
             key = read_key(api_key_file) if api_key_file is not None else None
+            for file in filter(None, (tls_cert, tls_key)):
+                check_readable(file)
             opened = listening(host, port)
             with opened, open_engine(path, n_ctx=ctx, n_parallel=parallel, n_threads=threads, together=together) as engine:
                 service = Service(engine, base_id, tuned_id, key, tuple(allow_origin or ()))
@@ -98,13 +101,24 @@ def register(app: typer.Typer) -> None:
                 server = GracefulServer(make_app(service), drain_s=DRAIN_S, cert=tls_cert, key=tls_key)
                 _serve(server, engine, opened, Follower(source, engine.offer, poll_s=poll) if source is not None else None)
         finally:
-            log.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
+
+
+def check_readable(path: Path) -> None:
+    """Find out before a model is loaded that a file cannot be read.
+
+    Raises:
+        DataError: it cannot.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
 def _first(source: Any, info: ModelInfo) -> Any:
     """The file's adapter, which must be right at the start."""
-    from fwdllama.errors import DataError
-
     from .follow import Away
 
     try:

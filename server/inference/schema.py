@@ -12,18 +12,19 @@ from .fault import Fault
 MAX_STOPS = 4  # as OpenAI has it
 MAX_CHOICES = 16  # answers that one request may ask for
 
-# Fields of OpenAI's that would change what is answered, and the values of them that change nothing.
+# Fields of OpenAI's that would change what is answered, and the values of them that change nothing; a completion's `logprobs` 0 is
+# not a chat's False.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "frequency_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
+    "presence_penalty": (0, 0.0),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -63,7 +64,7 @@ class Settings(BaseModel):
             raise Fault(400, "the body must be a JSON object.")
         for name, neutral in _NEUTRAL.items():
             value = given.get(name)
-            if value is not None and value not in neutral:
+            if value is not None and not any(type(value) is type(each) and value == each for each in neutral):
                 raise Fault(400, f"{name} is not supported by this server; leave it out.", param=name, code="unsupported_parameter")
         return {name: value for name, value in given.items() if value is not None}  # null is what a field is without being given
 
