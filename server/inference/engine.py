@@ -71,7 +71,7 @@ class Engine:
                 return False
             self._n_answers += len(request.asked)
         self._inbox.put(request)
-        if not self._thread.is_alive():  # nobody will read it
+        if self._stopping:  # perhaps nobody reads it any more
             request.emit(Failed(_STOPPING))
         return True
 

@@ -194,7 +194,11 @@ class Follower:
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            self.poll()
+            try:
+                self.poll()
+            except RuntimeError:  # what httpx says of a client that was closed under it
+                if not self._ending.is_set():
+                    raise
             wait_s = min(self._poll_s * 2**self._n_failed, max(LONGEST_WAIT_S, self._poll_s)) if self._n_failed else self._poll_s
             self._ending.wait(wait_s * random.uniform(0.8, 1.0))  # many servers must not come back to an aggregator in step
 

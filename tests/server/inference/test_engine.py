@@ -80,7 +80,7 @@ def test_the_adapter_is_on_from_its_scope_on(engine: Engine, edition_of: Edition
 @pytest.mark.parametrize("together", [2, 100])
 @pytest.mark.parametrize("parallel", [2, 5])
 def test_answers_do_not_depend_on_who_else_asks(base: Path, edition_of: EditionOf, together: int, parallel: int) -> None:
-    lots = [(asked(seed, 5 + 37 * seed, n=6 + 4 * seed), bool(seed % 3)) for seed in range(9)]
+    lots = [(asked(seed, 5 + 37 * seed, n=5 + 3 * seed), bool(seed % 3)) for seed in range(7)]
     with open_engine(base, n_ctx=512, n_parallel=parallel, n_threads=1, together=together) as engine:
         put_on(engine, edition_of(1))
         alone = [answer(engine, question, tuned=tuned).texts for question, tuned in lots]
@@ -134,7 +134,7 @@ def test_a_swap_during_an_answer_changes_only_later_requests(base: Path, edition
 
 def test_all_answers_of_a_request_are_of_one_edition_though_they_run_one_after_the_other(base: Path, edition_of: EditionOf) -> None:
     first, second = edition_of(1), edition_of(2)
-    lot = [asked(seed, n=60) for seed in range(5)]
+    lot = [asked(seed, n=30) for seed in range(4)]
     with open_engine(base, n_ctx=512, n_parallel=1, n_threads=1) as engine:
         put_on(engine, first)
         expected = answer(engine, *lot, tuned=True).texts

@@ -70,15 +70,24 @@ class Versions:
         return app
 
 
-@pytest.fixture
-def versions(adapter_of: AdapterOf) -> Versions:
-    return Versions({1: adapter_of(1)})
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[Versions, str]]:
+    """One server for all tests: starting and stopping it takes longer than most of them."""
+    served = Versions()
+    with serving_app(served.app()) as url:
+        yield served, url
 
 
 @pytest.fixture
-def url(versions: Versions) -> Iterator[str]:
-    with serving_app(versions.app()) as url:
-        yield url
+def versions(running: tuple[Versions, str], adapter_of: AdapterOf) -> Versions:
+    served, _ = running
+    vars(served).update(vars(Versions({1: adapter_of(1)})))
+    return served
+
+
+@pytest.fixture
+def url(running: tuple[Versions, str], versions: Versions) -> str:
+    return running[1]
 
 
 @pytest.fixture
