@@ -91,12 +91,16 @@ def test_it_says_what_is_on_and_at_sigterm_a_running_answer_finishes(started: St
     process, url = started
     assert process.stderr is not None
     assert process.stderr.readline().startswith("info: adapter sha256:")
-    (tmp_path / "b.gguf").write_bytes(adapter_of(2))
-    os.replace(tmp_path / "b.gguf", tmp_path / "a.gguf")
+
+    def replace(content: bytes) -> None:
+        (tmp_path / "b.gguf").write_bytes(content)
+        os.replace(tmp_path / "b.gguf", tmp_path / "a.gguf")
+
+    replace(adapter_of(2))
     assert process.stderr.readline().endswith(" is on from the next request on\n")
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    replace(b"GGUF")
     assert process.stderr.readline().startswith(f"warning: a new adapter was refused, and what is on stays on: {tmp_path}/a.gguf: ")
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "temperature": 0, "stream": True}
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1500, "temperature": 0, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
         pieces = response.iter_text()
         text = next(pieces)
@@ -108,4 +112,4 @@ def test_it_says_what_is_on_and_at_sigterm_a_running_answer_finishes(started: St
     assert (process.returncode, out) == (0, "")
     first, second = err.splitlines()
     assert first == "info: stopping: 1 requests may finish within 30 s; press Ctrl-C to end at once"
-    assert second.startswith("info: tiny answered with base: 1 tokens read, 200 written in ")
+    assert second.startswith("info: tiny answered with base: 1 tokens read, 1500 written in ")
