@@ -98,7 +98,8 @@ def effective(entries: Sequence[Entry]) -> list[Entry]:
             continue
         place = entry.restores - entries[0].step
         if not 0 <= place < len(began):
-            raise RunError(f"step {entry.step} restores step {entry.restores}, which is not among steps {entries[0].step} to {entry.step} of the ledger.")
+            held = f"steps {entries[0].step} to {entry.step}"
+            raise RunError(f"step {entry.step} restores step {entry.restores}, which is not among {held} of the ledger.")
         kept, began = kept[: began[place]], began
     return kept
 
