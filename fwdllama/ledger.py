@@ -5,6 +5,7 @@ frames, all little-endian:
 
     header   8 bytes "FWDLEDG1", 32 bytes genesis hash (sha256 of what the run is: base model, space, scope)
     frame    u32 step, u32 n, u32 crc32 of these two, n x (u64 seed), n x (f32 coefficient), 32 bytes hash
+    restore  u32 step, u32 0xFFFFFFFF, u32 crc32 of these two, u32 the step whose beginning theta returns to, 32 bytes hash
 
     hash = sha256(previous hash + the frame's bytes before it)
 
@@ -19,7 +20,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +33,30 @@ from fwdllama.step import replayed
 MAGIC = b"FWDLEDG1"
 HEADER_BYTES = len(MAGIC) + 32
 MAX_ENTRIES = 1 << 20  # a step of a million probes is damage, not work
+_RESTORE = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One step: theta <- theta - sum_i coefficients[i] * z(seeds[i])."""
+    """One step: theta <- theta - sum_i coefficients[i] * z(seeds[i]); or, with `restores`, theta <- what step `restores` began at."""
 
     step: int
     seeds: NDArray[np.uint64]  # (n,)
     coefficients: NDArray[np.float32]  # (n,)
+    restores: int | None = None
 
     def payload(self) -> bytes:
         """The bytes that are hashed and stored."""
-        head = struct.pack("<II", self.step, len(self.seeds))
+        head = struct.pack("<II", self.step, len(self.seeds) if self.restores is None else _RESTORE)
         head += struct.pack("<I", zlib.crc32(head))
+        if self.restores is not None:
+            return head + struct.pack("<I", self.restores)
         return head + self.seeds.astype("<u8").tobytes() + self.coefficients.astype("<f4").tobytes()
+
+
+def restoring(step: int, restores: int) -> Entry:
+    """The entry of a step that returns to where step `restores` began."""
+    return Entry(step, np.zeros(0, np.uint64), np.zeros(0, np.float32), restores)
 
 
 def chained(previous: bytes, payload: bytes) -> bytes:
@@ -62,11 +72,36 @@ def digest(genesis: bytes, entries: Iterable[Entry]) -> bytes:
     return last
 
 
-def replay(theta: NDArray[np.float32], entries: Iterable[Entry]) -> NDArray[np.float32]:
-    """Theta after `entries`, bit for bit what training had: replaying a and then b is replaying a + b."""
-    for entry in entries:
+def replay(theta: NDArray[np.float32], entries: Sequence[Entry]) -> NDArray[np.float32]:
+    """Theta after `entries`, bit for bit what training had: replaying a and then b is replaying a + b.
+
+    Raises:
+        RunError: an entry restores a step before the first of `entries`; replay from the beginning instead.
+    """
+    for entry in effective(entries):
         theta = replayed(theta, entry.seeds.tolist(), entry.coefficients)
     return theta
+
+
+def effective(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries that still count: those that a later one took back are left out.
+
+    Raises:
+        RunError: an entry restores a step before the first, or one that is not past.
+    """
+    kept: list[Entry] = []
+    began: list[int] = []  # how many of `kept` there were when each entry began
+    for entry in entries:
+        began.append(len(kept))
+        if entry.restores is None:
+            kept.append(entry)
+            continue
+        place = entry.restores - entries[0].step
+        if not 0 <= place < len(began):
+            held = f"steps {entries[0].step} to {entry.step}"
+            raise RunError(f"step {entry.step} restores step {entry.restores}, which is not among {held} of the ledger.")
+        kept, began = kept[: began[place]], began
+    return kept
 
 
 class Ledger:
@@ -150,6 +185,20 @@ def read_ledger(path: Path, genesis: bytes | None = None) -> list[Entry]:
     return _scan(path, genesis)[0]
 
 
+def read_page(data: bytes, previous: bytes, first: int, source: str) -> tuple[list[Entry], bytes]:
+    """The entries of consecutive frames, as an aggregator sends them, and the hash of the last.
+
+    previous: the hash before them; first: the number that the first one must have.
+
+    Raises:
+        RunError: cut short, damaged, or not the continuation of `previous`.
+    """
+    entries, end, last = _checked(source, data, 0, previous, first)
+    if end != len(data):
+        raise RunError(f"{source}: the page ends within the frame at byte {end}.")
+    return entries, last
+
+
 def _scan(path: Path, genesis: bytes | None) -> tuple[list[Entry], int, bytes]:
     try:
         data = path.read_bytes()
@@ -160,29 +209,37 @@ def _scan(path: Path, genesis: bytes | None) -> tuple[list[Entry], int, bytes]:
     last = data[len(MAGIC) : HEADER_BYTES]
     if genesis is not None and last != genesis:
         raise RunError(f"{path} belongs to another model or configuration: its genesis is {last.hex()[:12]}, not {genesis.hex()[:12]}.")
+    return _checked(str(path), data, HEADER_BYTES, last, 0)
+
+
+def _checked(source: str, data: bytes, at: int, last: bytes, first: int) -> tuple[list[Entry], int, bytes]:
+    """Entries from byte `at`, the byte after the last whole one, and its hash."""
     entries: list[Entry] = []
-    end = HEADER_BYTES
-    for entry, stop in _frames(path, data):
+    end = at
+    for entry, stop in _frames(source, data, at):
         last = chained(last, entry.payload())
         if last != data[stop - 32 : stop]:
-            raise RunError(f"{path}: step {entry.step} at byte {end} does not match its hash. The file is damaged; restore it from a copy.")
-        if entry.step != len(entries):
-            raise RunError(f"{path}: step {entry.step} at byte {end} stands where step {len(entries)} belongs.")
+            raise RunError(f"{source}: step {entry.step} at byte {end} does not match its hash. The file is damaged; restore it from a copy.")
+        if entry.step != first + len(entries):
+            raise RunError(f"{source}: step {entry.step} at byte {end} stands where step {first + len(entries)} belongs.")
         entries.append(entry)
         end = stop
     return entries, end, last
 
 
-def _frames(path: Path, data: bytes) -> Iterator[tuple[Entry, int]]:
-    at = HEADER_BYTES
+def _frames(source: str, data: bytes, at: int) -> Iterator[tuple[Entry, int]]:
     while at + 12 <= len(data):
         step, n, checksum = struct.unpack_from("<III", data, at)
-        if n > MAX_ENTRIES or checksum != zlib.crc32(data[at : at + 8]):
-            raise RunError(f"{path}: the frame at byte {at} claims {n} entries. The file is damaged; restore it from a copy.")
-        stop = at + 12 + 12 * n + 32
+        restores = n == _RESTORE
+        if (n > MAX_ENTRIES and not restores) or checksum != zlib.crc32(data[at : at + 8]):
+            raise RunError(f"{source}: the frame at byte {at} claims {n} entries. The file is damaged; restore it from a copy.")
+        stop = at + 12 + (4 if restores else 12 * n) + 32
         if stop > len(data):
             return
-        seeds = np.frombuffer(data, "<u8", n, at + 12).astype(np.uint64)
-        values = np.frombuffer(data, "<f4", n, at + 12 + 8 * n).astype(np.float32)
-        yield Entry(step, seeds, values), stop
+        if restores:
+            yield restoring(step, struct.unpack_from("<I", data, at + 12)[0]), stop
+        else:
+            seeds = np.frombuffer(data, "<u8", n, at + 12).astype(np.uint64)
+            values = np.frombuffer(data, "<f4", n, at + 12 + 8 * n).astype(np.float32)
+            yield Entry(step, seeds, values), stop
         at = stop

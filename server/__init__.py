@@ -1,1 +1,1 @@
-"""What listens: the aggregator of federated runs, and the model server that answers with what they learned."""
+"""The aggregator: hands out seeds, merges losses, keeps the ledger, serves adapters. Of all this only `inference` reaches llama.cpp."""

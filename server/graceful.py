@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import signal
@@ -37,7 +36,7 @@ class GracefulServer(uvicorn.Server):
 
     def serve_on(self, opened: Any) -> None:
         """Serve on a listening socket until SIGTERM, SIGINT or `stop`."""
-        asyncio.run(self.serve(sockets=[opened]))
+        self.run(sockets=[opened])
 
     def stop(self) -> None:
         """As the first signal; from any thread."""

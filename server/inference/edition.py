@@ -17,7 +17,7 @@ from gguf_tools.model import ModelInfo
 class Edition:
     """An adapter that fits the base model. `version` is the aggregator's number of it, None for a local file.
 
-    `digest` is the aggregator's name for the numbers, `sha256` that of the file.
+    `digest` is the aggregator's of the numbers that are trained, `sha256` that of the file.
     """
 
     adapter: Adapter

@@ -28,7 +28,6 @@ from .edition import Edition, make_edition
 log = logging.getLogger("fwdllama.inference")
 
 LONGEST_WAIT_S = 60.0  # between attempts to reach an aggregator that is away
-MAX_MOVES = 3  # versions that may follow each other while one is fetched
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -119,32 +118,31 @@ class AggregatorSource:
     def poll(self) -> Edition | None:
         """See `Source`."""
         try:
-            for _ in range(MAX_MOVES):
-                fetched = self._fetch()
-                if fetched is None:
-                    return None
-                data, etag = fetched
-                described = self._described()
-                sha256 = described.get("gguf_sha256")
-                if isinstance(sha256, str) and sha256 != hashlib.sha256(data).hexdigest():
-                    continue  # another version has come between the two answers
-                self._etag = etag
-                version, digest = described.get("version"), described.get("digest")
-                if not isinstance(version, int) or not isinstance(digest, str):
-                    raise AdapterError(f"{self.name}: describes a version without its number and digest.")
-                return make_edition(data, f"version {version} of {self.name}", self._base, version=version, digest=digest)
+            fetched = self._fetch()
+            if fetched is None:
+                return None
+            data, etag, number = fetched
+            described = self._described(number)
         except httpx.HTTPError as error:
             raise Away(f"{self.name}: cannot be reached: {str(error) or type(error).__name__}".rstrip(".")) from error
-        raise Away(f"{self.name}: the adapter and its description do not agree, or change too often")
+        if described.get("adapter_sha256") not in (None, hashlib.sha256(data).hexdigest()):
+            raise Away(f"{self.name}: the file and the description of version {number} do not agree")
+        self._etag = etag
+        digest = described.get("theta_digest")
+        if not isinstance(digest, str):
+            raise AdapterError(f"{self.name}: describes version {number} without its theta_digest.")
+        return make_edition(data, f"version {number} of {self.name}", self._base, version=number, digest=digest)
 
-    def _fetch(self) -> tuple[bytes, str | None] | None:
-        """The adapter's file and its ETag; None where it is still the last one."""
+    def _fetch(self) -> tuple[bytes, str | None, int] | None:
+        """The adapter's file, its ETag and its version; None where it is still the last one."""
         headers = {"If-None-Match": self._etag} if self._etag else {}
         with self._client.stream("GET", f"{self._which}/adapter.gguf", headers=headers) as response:
             if response.status_code == 304:
                 return None
             self._check(response)
-            etag = response.headers.get("ETag")
+            etag, number = response.headers.get("ETag"), response.headers.get("X-Fwdllama-Version", "")
+            if not number.isdecimal():
+                raise Away(f"{self.name}: does not say which version it sends; is it an aggregator?")
             data = bytearray()
             for piece in response.iter_bytes():
                 data += piece
@@ -155,10 +153,11 @@ class AggregatorSource:
         found = hashlib.sha256(data).hexdigest()
         if _SHA256.fullmatch(promised) and promised != found:
             raise Away(f"{self.name}: sent a file with SHA-256 {found[:12]}, but promised {promised[:12]}")
-        return bytes(data), etag
+        return bytes(data), etag, int(number)
 
-    def _described(self) -> dict[str, object]:
-        response = self._client.get(self._which)
+    def _described(self, number: int) -> dict[str, object]:
+        """The version's entry in the registry, of which a newer aggregator may know more than we do."""
+        response = self._client.get(str(number))
         self._check(response)
         try:
             described = response.json()

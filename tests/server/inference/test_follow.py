@@ -32,8 +32,8 @@ class Versions:
     key: str | None = None
     lie: dict[str, object] = field(default_factory=dict)  # fields of a description, where they are not the truth
     etag: str | None = None  # as above
+    named: str | None = None  # the header with the version, as above
     seen: list[tuple[str, int]] = field(default_factory=list)  # (path behind versions/, status)
-    between: Callable[[], None] | None = None  # happens once between a file and its description
 
     def number(self, which: str) -> int:
         return max(self.files, default=0) if which == "latest" else self.best if which == "best" else int(which)
@@ -48,14 +48,11 @@ class Versions:
 
         @app.get("/v1/runs/demo/versions/{which}")
         def describe(which: str, request: Request) -> Response:
-            if self.between is not None:
-                act, self.between = self.between, None
-                act()
             number, status = found(request, which)
             self.seen.append((which, status))
             if status != 200:
                 return Response(status_code=status)
-            told = {"version": number, "digest": f"{number:064x}", "gguf_sha256": hashlib.sha256(self.files[number]).hexdigest()}
+            told = {"version": number, "theta_digest": f"{number:064x}", "adapter_sha256": hashlib.sha256(self.files[number]).hexdigest()}
             return Response(json.dumps({**told, **self.lie}), media_type="application/json")
 
         @app.get("/v1/runs/demo/versions/{which}/adapter.gguf")
@@ -65,7 +62,8 @@ class Versions:
             if status == 200 and request.headers.get("if-none-match") == etag:
                 status = 304
             self.seen.append((f"{which}/adapter.gguf", status))
-            return Response(self.files[number] if status == 200 else b"", status, {"ETag": etag} if status in (200, 304) else None)
+            headers = {"ETag": etag, "X-Fwdllama-Version": self.named or str(number)} if status in (200, 304) else None
+            return Response(self.files[number] if status == 200 else b"", status, headers)
 
         return app
 
@@ -107,7 +105,7 @@ def test_each_new_version_comes_once(source: AggregatorSource, versions: Version
     assert second is not None
     assert second.version == 2
     assert versions.seen == [
-        ("latest/adapter.gguf", 200), ("latest", 200), ("latest/adapter.gguf", 304), ("latest/adapter.gguf", 200), ("latest", 200)
+        ("latest/adapter.gguf", 200), ("1", 200), ("latest/adapter.gguf", 304), ("latest/adapter.gguf", 200), ("2", 200)
     ]  # fmt: skip
 
 
@@ -137,19 +135,15 @@ def test_bytes_that_are_not_those_promised_are_never_used(source: AggregatorSour
     with pytest.raises(Away, match=r"sent a file with SHA-256 [0-9a-f]{12}, but promised 000000000000$"):
         source.poll()
     versions.etag = None
-    versions.lie = {"gguf_sha256": "0" * 64}
-    with pytest.raises(Away, match=r"the adapter and its description do not agree, or change too often$"):
+    versions.lie = {"adapter_sha256": "0" * 64}
+    with pytest.raises(Away, match=r"the file and the description of version 1 do not agree$"):
         source.poll()
-    versions.lie = {"version": "2"}
-    with pytest.raises(AdapterError, match=r"describes a version without its number and digest\.$"):
+    versions.named = "newest"
+    with pytest.raises(Away, match=r"does not say which version it sends; is it an aggregator\?$"):
         source.poll()
-
-
-def test_a_version_that_comes_between_two_answers_is_fetched_whole(source: AggregatorSource, versions: Versions, adapter_of: AdapterOf) -> None:
-    versions.between = lambda: versions.files.update({2: adapter_of(2)})
-    edition = source.poll()
-    assert edition is not None
-    assert (edition.version, edition.sha256) == (2, hashlib.sha256(versions.files[2]).hexdigest())
+    versions.named, versions.lie = None, {"theta_digest": 2}
+    with pytest.raises(AdapterError, match=r"describes version 1 without its theta_digest\.$"):
+        source.poll()
 
 
 def test_a_key_is_sent_and_its_lack_is_said(source: AggregatorSource, url: str, info: ModelInfo, versions: Versions) -> None:

@@ -1,0 +1,1 @@
+"""What an aggregator and its devices agree on, and the device's side of it."""
