@@ -1,0 +1,68 @@
+// What is known of the run that is shown: the run, its closed rounds, its versions and the round in progress.
+
+import { Refusal, json, path } from "./api.js";
+
+const PAGE = 500;
+const AGAIN = 8; // versions at the end that are asked for again, because held-out losses arrive after a version does
+
+export class RunRecord {
+  constructor(run) {
+    this.id = run.run;
+    this.run = run;
+    this.rounds = [];
+    this.versions = new Map(); // by number
+    this.progress = null;
+    this.best = null;
+  }
+
+  get name() {
+    return this.run.spec.name;
+  }
+
+  /** Fetches what is new. Returns the rounds that closed since the last time. */
+  async extend() {
+    this.run = await json(path(["runs", this.id]));
+    const closed = await this.#pages("rounds", this.rounds.length ? this.rounds.at(-1).round + 1 : 0, (row) => row.round);
+    this.rounds.push(...closed);
+    const newest = Math.max(0, ...this.versions.keys());
+    await this.#takeVersions(Math.max(0, newest - AGAIN));
+    await this.#takeBest();
+    await this.extendProgress();
+    return closed;
+  }
+
+  /** Fetches the state of the round in progress. */
+  async extendProgress() {
+    this.progress = await json(path(["runs", this.id, "progress"]));
+  }
+
+  /** Fetches one version again, of which something is news. */
+  async retake(number) {
+    this.versions.set(number, await json(path(["runs", this.id, "versions", number])));
+  }
+
+  async #takeVersions(from) {
+    for (const version of await this.#pages("versions", from, (row) => row.version)) this.versions.set(version.version, version);
+  }
+
+  async #takeBest() {
+    try {
+      const best = await json(path(["runs", this.id, "versions", "best"]));
+      this.versions.set(best.version, best);
+      this.best = best.version;
+    } catch (error) {
+      if (!(error instanceof Refusal && error.status === 404)) throw error;
+      this.best = null; // none is scored yet
+    }
+  }
+
+  async #pages(kind, from, numberOf) {
+    const found = [];
+    for (let next = from; ; ) {
+      const page = await json(path(["runs", this.id, kind], { from: next, limit: PAGE }));
+      found.push(...page);
+      if (page.length < PAGE) return found;
+      next = numberOf(page.at(-1)) + 1;
+    }
+  }
+}
