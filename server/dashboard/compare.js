@@ -27,7 +27,7 @@ async function ask({ url, chat, model, prompt, maxTokens, signal, onText }) {
     throw new Refusal(response.status, problemOf(text) ?? `The model server answered ${response.status}.`);
   }
   for await (const event of eventsOf(response.body)) {
-    if (event.data === "[DONE]") return;
+    if (event.data === "[DONE]") continue; // the server ends the stream
     const data = JSON.parse(event.data);
     if (data.error) throw new Refusal(200, data.error.message ?? "The model server gave up.");
     const choice = data.choices?.[0];
