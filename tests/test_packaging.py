@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {"fwdllama": "fwdllama", "gguf_tools": "gguf_tools", "eval": "fwdllama_eval"}  # folder -> installed name
+SOURCES = {"fwdllama": "fwdllama", "gguf_tools": "gguf_tools", "eval": "fwdllama_eval", "server": "fwdllama_server"}  # folder -> installed name
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
         return frozenset(contents.namelist())
 
 
-def test_wheel_installs_three_names_and_no_other(members: frozenset[str]) -> None:
+def test_wheel_installs_four_names_and_no_other(members: frozenset[str]) -> None:
     top = {member.split("/")[0] for member in members}
     assert {name for name in top if not name.endswith(".dist-info")} == set(SOURCES.values())
 
@@ -47,6 +47,7 @@ def test_bundled_data_templates_and_type_marker_are_in_the_wheel(members: frozen
     assert "fwdllama/py.typed" in members
     assert any(member.startswith("fwdllama/bundled/") and member.endswith(".json") for member in members)
     assert any(member.startswith("fwdllama/templates/") and member.endswith(".html") for member in members)
+    assert {f"fwdllama_server/dashboard/{name}" for name in ("page.html", "style.css", "main.js", "icon.svg")} <= members
     assert any(member.endswith(".dist-info/licenses/LICENSE") for member in members)
 
 

@@ -6,7 +6,7 @@ import { byId, button, el, setText } from "./dom.js";
 import { ago, count, date, percent, size } from "./format.js";
 import { Table } from "./table.js";
 
-const PAGE = 25;
+const PAGE = matchMedia("(max-width: 700px)").matches ? 10 : 25; // cards are long
 
 function power(device) {
   if (device.battery === null && device.charging === null) return "–";

@@ -92,9 +92,9 @@ function show(shown) {
 const refreshRun = refresher(async () => {
   const shown = record;
   if (shown === null) return;
-  const first = shown.rounds.length === 0;
   const closed = await shown.extend();
-  if (!first && shown === record) closed.slice(-3).forEach((row) => say(closedSentence(row)));
+  const steps = closed.filter((row) => row.restored === null); // a roll-back has its own event
+  if (shown === record) steps.slice(-3).forEach((row) => say(closedSentence(row)));
   runs = runs.map((run) => (run.run === shown.id ? shown.run : run));
   list.show(runs, record?.id);
   show(shown);
@@ -108,7 +108,7 @@ const refreshProgress = refresher(async () => {
 });
 
 const refreshRuns = refresher(async () => {
-  runs = (await json(path(["runs"]))).reverse();
+  runs = await json(path(["runs"]));
   if (record === null && runs.length) {
     const named = runs.find((run) => run.spec.name === new URLSearchParams(location.search).get("run"));
     choose((named ?? runs.find((run) => run.status === "open") ?? runs[0]).spec.name);
@@ -134,7 +134,11 @@ function choose(name, { move = false } = {}) {
 /** What an event makes stale. */
 function onEvent(kind, data) {
   const mine = data.run === undefined || data.run === null || data.run === record?.id || data.run === record?.name;
-  if (kind === "progress") return mine && refreshProgress();
+  if (kind === "progress") {
+    if (!mine || record === null) return undefined;
+    record.progress = data;
+    return gate.show(record);
+  }
   if (kind === "run-created") refreshRuns();
   if (kind.startsWith("device-")) {
     refreshDevices();

@@ -1,6 +1,6 @@
 // What is known of the run that is shown: the run, its closed rounds, its versions and the round in progress.
 
-import { Refusal, json, path } from "./api.js";
+import { json, path } from "./api.js";
 
 const PAGE = 500;
 const AGAIN = 8; // versions at the end that are asked for again, because held-out losses arrive after a version does
@@ -12,23 +12,30 @@ export class RunRecord {
     this.rounds = [];
     this.versions = new Map(); // by number
     this.progress = null;
-    this.best = null;
+    this.loaded = false;
   }
 
   get name() {
     return this.run.spec.name;
   }
 
-  /** Fetches what is new. Returns the rounds that closed since the last time. */
+  /** The number of the best version, null while none is scored. */
+  get best() {
+    return this.progress?.best_version ?? null;
+  }
+
+  /** Fetches what is new. Returns the rounds that closed since the last time; the first time, none. */
   async extend() {
     this.run = await json(path(["runs", this.id]));
     const closed = await this.#pages("rounds", this.rounds.length ? this.rounds.at(-1).round + 1 : 0, (row) => row.round);
     this.rounds.push(...closed);
     const newest = Math.max(0, ...this.versions.keys());
     await this.#takeVersions(Math.max(0, newest - AGAIN));
-    await this.#takeBest();
     await this.extendProgress();
-    return closed;
+    if (this.best !== null) await this.retake(this.best);
+    const news = this.loaded ? closed : [];
+    this.loaded = true;
+    return news;
   }
 
   /** Fetches the state of the round in progress. */
@@ -43,17 +50,6 @@ export class RunRecord {
 
   async #takeVersions(from) {
     for (const version of await this.#pages("versions", from, (row) => row.version)) this.versions.set(version.version, version);
-  }
-
-  async #takeBest() {
-    try {
-      const best = await json(path(["runs", this.id, "versions", "best"]));
-      this.versions.set(best.version, best);
-      this.best = best.version;
-    } catch (error) {
-      if (!(error instanceof Refusal && error.status === 404)) throw error;
-      this.best = null; // none is scored yet
-    }
   }
 
   async #pages(kind, from, numberOf) {

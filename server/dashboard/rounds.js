@@ -57,7 +57,7 @@ export class RoundTable {
         { head: "Round", text: (row) => String(row.round) },
         { head: "Closed", text: (row) => clock(row.closed_at) },
         { head: "Took", number: true, text: (row) => duration(row.duration_s) },
-        { head: "Probes", number: true, text: (row) => `${count(row.n_probes)} / ${count(row.n_wanted)}` },
+        { head: "Probes", number: true, text: (row) => (row.restored === null ? `${count(row.n_probes)} / ${count(row.n_wanted)}` : `back to version ${row.restored}`) },
         { head: "Devices", number: true, text: (row) => count(row.n_devices) },
         { head: "Loss", number: true, text: (row) => loss(row.loss) },
         { head: "Slope (rms)", number: true, text: (row) => figure(row.gradient_rms) },
@@ -79,22 +79,19 @@ export function closedSentence(row) {
 
 const SENTENCES = {
   "run-created": () => "A run was created.",
-  "round-extended": (data) => `The deadline of round ${data.round ?? "?"} passed with too few probes; it was extended.`,
-  "round-abandoned": (data) => `Round ${data.round ?? "?"} was abandoned: too few probes came.`,
-  "version-evaluated": (data) => `Version ${data.version ?? "?"} was scored: held-out loss ${loss(data.held_out_loss ?? data.loss)}.`,
-  "run-paused": (data) => `The run was paused${because(data)}.`,
+  "round-extended": (data) => `The deadline of round ${data.round} passed with too few probes; it was extended.`,
+  "round-abandoned": (data) => `Round ${data.round} was abandoned${because(data.reason)}`,
+  "version-evaluated": (data) => `Version ${data.version} was scored: held-out loss ${loss(data.held_out_loss)}.`,
+  "run-paused": () => "The run was paused.",
   "run-resumed": () => "The run goes on.",
-  "run-finished": (data) => `The run is finished${because(data)}.`,
-  "run-rolled-back": (data) => `The run was rolled back to version ${data.to ?? data.restored ?? data.version ?? "?"}.`,
-  "device-enrolled": (data) => `Device ${data.name ?? data.device ?? ""} enrolled.`,
-  "device-revoked": (data) => `Device ${data.name ?? data.device ?? ""} was revoked.`,
-  "result-refused": (data) => `A result of device ${data.name ?? data.device ?? "?"} was refused${because(data)}.`,
+  "run-finished": (data) => `The run is finished${because(data.reason)}`,
+  "run-rolled-back": (data) => `The run was rolled back to version ${data.to}; this is version ${data.round + 1}.`,
+  "device-enrolled": (data) => `Device ${data.name} enrolled.`,
+  "device-revoked": (data) => `Device ${data.device} was revoked.`,
+  "result-refused": (data) => `A result of device ${data.device} was refused${because(data.why)}`,
 };
 
-const because = (data) => {
-  const reason = data.reason ?? data.detail;
-  return reason ? `: ${String(reason).replace(/\.$/, "")}` : "";
-};
+const because = (reason) => `: ${reason.replace(/\.$/, "")}.`;
 
 /** What happened besides closed rounds, newest first. */
 export class Happened {
@@ -106,7 +103,7 @@ export class Happened {
   add(kind, data) {
     const sentence = SENTENCES[kind]?.(data) ?? null;
     if (sentence === null) return null;
-    this.list.prepend(el("li", {}, el("time", {}, clock(data.at ?? Date.now() / 1000)), " ", sentence));
+    this.list.prepend(el("li", {}, el("time", {}, clock(data.at)), " ", sentence));
     while (this.list.children.length > MOST_HAPPENED) this.list.lastChild.remove();
     return sentence;
   }

@@ -21,7 +21,7 @@ export class RunList {
       caption: "Runs",
       keyOf: (run) => run.run,
       most: 10,
-      empty: "There is no run yet. `fwdllama run create` makes one.",
+      empty: "There is no run yet.",
       rowClass: (run) => (run.run === this.chosen ? "chosen" : ""),
       columns: [
         {
@@ -80,7 +80,7 @@ export class RunView {
     setText(byId("run-about"), about(run));
     this.#offer(run);
     const best = record.best === null ? null : record.versions.get(record.best);
-    const last = rounds.at(-1);
+    const last = rounds.findLast((round) => round.restored === null);
     this.#tile("Version", count(run.version), budget(run));
     this.#tile("Training loss", loss(last?.loss), last ? `round ${last.round}` : "no round has closed");
     this.#tile("Best held-out loss", loss(best?.held_out_loss), best ? `version ${best.version}` : "none is scored yet", true);
@@ -105,8 +105,9 @@ export class RunView {
     const drawn = `${record.id} ${record.rounds.length} ${held.map((version) => version.held_out_loss).join()}`;
     if (drawn === this.drawn) return;
     this.drawn = drawn;
-    this.loss.show([record.rounds.map((round) => [round.round, round.loss]), held.map((version) => [version.version, version.held_out_loss])]);
-    this.pacing.show([record.rounds.map((round) => [round.round, round.n_probes]), record.rounds.map((round) => [round.round, round.n_wanted])]);
+    const steps = record.rounds.filter((round) => round.restored === null);
+    this.loss.show([steps.map((round) => [round.round, round.loss]), held.map((version) => [version.version, version.held_out_loss])]);
+    this.pacing.show([steps.map((round) => [round.round, round.n_probes]), steps.map((round) => [round.round, round.n_wanted])]);
     byId("run-settings").replaceChildren(settings(record.run));
   }
 

@@ -55,7 +55,7 @@ export class TokenBox {
       empty: "No token can be used at the moment.",
       columns: [
         { head: "Token", text: (token) => token.name },
-        { head: "Uses", number: true, text: (token) => (token.uses === null ? "any number" : count(token.uses)) },
+        { head: "Uses left", number: true, text: (token) => (token.uses_left === null ? "any number" : count(token.uses_left)) },
         { head: "Expires", text: (token) => (token.expires_at === null ? "never" : date(token.expires_at)) },
         { head: "", sign: () => "", node: (token) => button("Revoke", () => this.#revoke(token), { "aria-label": `Revoke token ${token.name}` }) },
       ],
@@ -65,7 +65,7 @@ export class TokenBox {
 
   async refresh() {
     const now = Date.now() / 1000;
-    const usable = (token) => !token.revoked_at && token.uses !== 0 && (token.expires_at === null || token.expires_at > now);
+    const usable = (token) => !token.revoked_at && token.uses_left !== 0 && (token.expires_at === null || token.expires_at > now);
     this.table.show((await json(path(["tokens"]))).filter(usable));
   }
 
