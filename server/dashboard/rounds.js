@@ -56,12 +56,12 @@ export class RoundTable {
       columns: [
         { head: "Round", text: (row) => String(row.round) },
         { head: "Closed", text: (row) => clock(row.closed_at) },
-        { head: "Took", number: true, text: (row) => duration(row.duration_s) },
-        { head: "Probes", number: true, text: (row) => (row.restored === null ? `${count(row.n_probes)} / ${count(row.n_wanted)}` : `back to version ${row.restored}`) },
-        { head: "Devices", number: true, text: (row) => count(row.n_devices) },
-        { head: "Loss", number: true, text: (row) => loss(row.loss) },
-        { head: "Slope (rms)", number: true, text: (row) => figure(row.gradient_rms) },
-        { head: "Step", number: true, text: (row) => figure(row.lr) },
+        { head: "Took", kind: "number", text: (row) => duration(row.duration_s) },
+        { head: "Probes", kind: "number", text: (row) => (row.restored === null ? `${count(row.n_probes)} / ${count(row.n_wanted)}` : `back to version ${row.restored}`) },
+        { head: "Devices", kind: "number", text: (row) => count(row.n_devices) },
+        { head: "Loss", kind: "number", text: (row) => loss(row.loss) },
+        { head: "Slope (rms)", kind: "number", text: (row) => figure(row.gradient_rms) },
+        { head: "Step", kind: "number", text: (row) => figure(row.lr) },
       ],
     });
     byId("round-table").append(this.table.element);

@@ -31,7 +31,7 @@ export class RunList {
         },
         { head: "Status", sign: (run) => run.status, node: pill },
         { head: "Base model", text: (run) => run.spec.base.name },
-        { head: "Version", number: true, text: (run) => count(run.version) },
+        { head: "Version", kind: "number", text: (run) => count(run.version) },
         { head: "Access", text: (run) => (run.spec.public ? "public" : "with a key") },
       ],
     });

@@ -4,14 +4,14 @@
 import { button, el, setText } from "./dom.js";
 
 /**
- * Columns are {head, text(row), [node(row), sign(row)], [title(row)], [number]}. A column with `node` shows what it makes, remade when
+ * Columns are {head, text(row), [node(row), sign(row)], [title(row)], [kind]}; kind is number, or still for what does not wrap. A column with `node` shows what it makes, remade when
  * `sign` differs. `keyOf(row)` names a row. With `most`, so many rows are shown until more are asked for.
  */
 export class Table {
   constructor({ caption, columns, keyOf, most = null, empty = "Nothing yet.", rowClass = () => "" }) {
     Object.assign(this, { columns, keyOf, most, shown: most, rowClass, rows: new Map(), data: [] });
     this.body = el("tbody", { role: "rowgroup" });
-    const heads = columns.map((column) => el("th", { scope: "col", role: "columnheader", class: column.number ? "number" : null }, column.head));
+    const heads = columns.map((column) => el("th", { scope: "col", role: "columnheader", class: column.kind ?? null }, column.head));
     this.table = el(
       "table",
       { role: "table" },
@@ -63,7 +63,7 @@ export class Table {
     if (!row) {
       row = el("tr", { role: "row" });
       for (const [index, column] of this.columns.entries()) {
-        const attributes = { "data-label": column.head, class: column.number ? "number" : null };
+        const attributes = { "data-label": column.head, class: column.kind ?? null };
         row.append(index ? el("td", { role: "cell", ...attributes }) : el("th", { scope: "row", role: "rowheader", ...attributes }));
       }
       this.rows.set(key, row);

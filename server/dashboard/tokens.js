@@ -55,7 +55,7 @@ export class TokenBox {
       empty: "No token can be used at the moment.",
       columns: [
         { head: "Token", text: (token) => token.name },
-        { head: "Uses left", number: true, text: (token) => (token.uses_left === null ? "any number" : count(token.uses_left)) },
+        { head: "Uses left", kind: "number", text: (token) => (token.uses_left === null ? "any number" : count(token.uses_left)) },
         { head: "Expires", text: (token) => (token.expires_at === null ? "never" : date(token.expires_at)) },
         { head: "", sign: () => "", node: (token) => button("Revoke", () => this.#revoke(token), { "aria-label": `Revoke token ${token.name}` }) },
       ],

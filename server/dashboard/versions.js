@@ -45,9 +45,9 @@ export class VersionTable {
       columns: [
         { head: "Version", sign: (version) => this.#tags(version).join(), node: (version) => [el("span", {}, String(version.version)), ...this.#tags(version).map((tag) => el("span", { class: "tag" }, tag))] },
         { head: "Made", text: (version) => date(version.created_at) },
-        { head: "Probes", number: true, text: (version) => count(version.n_probes) },
-        { head: "Loss", number: true, text: (version) => loss(version.loss) },
-        { head: "Held out", number: true, text: (version) => loss(version.held_out_loss) },
+        { head: "Probes", kind: "number", text: (version) => count(version.n_probes) },
+        { head: "Loss", kind: "number", text: (version) => loss(version.loss) },
+        { head: "Held out", kind: "number", text: (version) => loss(version.held_out_loss) },
         {
           head: "Digest",
           title: (version) => digestTitle(version),

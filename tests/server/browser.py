@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 import uvicorn
 from fwdllama_server.app import create_app
 from fwdllama_server.limits import Limits

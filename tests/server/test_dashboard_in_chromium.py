@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,16 +179,18 @@ def test_ten_thousand_devices_are_paged_and_a_thousand_rounds_thinned(site: Site
 
     run = site.aggregator.create("toy")["run"]
     now = time.time()
-    rounds = [
-        {"run": "toy", "round": i, "n_probes": 20, "n_wanted": 20, "n_devices": 1, "loss": 9.0 if i == 777 else 2.0 + 0.1 * (i % 7)} for i in range(1000)
-    ]
-    rows = [{"run": run, "number": i, "payload": b"", "hash": b"", "theta_digest": "", "closed_at": now, "facts": json.dumps(f)} for i, f in enumerate(rounds)]
+    rounds = []
+    for i in range(1000):
+        loss = 9.0 if i == 777 else 2.0 + 0.1 * (i % 7)
+        facts = {"run": "toy", "round": i, "n_probes": 20, "n_wanted": 20, "n_devices": 1, "loss": loss}
+        stored = {"payload": b"", "hash": b"", "theta_digest": "", "closed_at": now, "facts": json.dumps(facts)}
+        rounds.append({"run": run, "number": i, **stored})
     many = [{"id": f"d{i:05}", "name": f"phone {i}", "token": "k", "enrolled_at": now, "last_seen": now} for i in range(10_000)]
 
     def fill(connection: Any) -> None:
         connection.execute(tokens.insert().values(id="k", hash="k", name="k", created_at=now))
         connection.execute(devices.insert(), many)
-        connection.execute(entries.insert(), rows)
+        connection.execute(entries.insert(), rounds)
 
     site.aggregator.context.store.submit(fill).result()
     page = site.signed_in()
@@ -208,6 +211,7 @@ def test_ten_thousand_devices_are_paged_and_a_thousand_rounds_thinned(site: Site
 
 
 NAMELESS = """() => [...document.querySelectorAll("input, select, textarea, button, a, svg[role=img], [role=region], [role=progressbar], table")]
+  .filter((node) => node.checkVisibility())
   .filter((node) => {
     const referred = (node.getAttribute("aria-labelledby") ?? "").split(" ").map((id) => document.getElementById(id)?.textContent ?? "").join("");
     const own = /^(BUTTON|A)$/.test(node.tagName) ? node.textContent : (node.querySelector(":scope > caption")?.textContent ?? "");
@@ -238,7 +242,7 @@ def test_everything_that_can_be_used_has_a_name_and_fits_a_phone(site: Site) -> 
     assert len(ids) == len(set(ids))
     levels = [int(tag[1]) for tag in page.evaluate("[...document.querySelectorAll('#app :is(h1,h2,h3,h4)')].map((node) => node.tagName)")]
     assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     assert page.get_attribute("html", "lang") == "en"
 
 
