@@ -63,7 +63,8 @@ export async function follow({ pathAfter, onEvent, onState, onLive }) {
       for await (const event of eventsOf(response.body)) {
         pause = LEAST_MS;
         if (event.id !== null) last = event.id;
-        onEvent(event.kind, JSON.parse(event.data));
+        const { kind, data } = event;
+        queueMicrotask(() => onEvent(kind, JSON.parse(data))); // a mistake there is reported, and does not end the stream
       }
     } catch (error) {
       if (error instanceof Refusal && error.status === 401) return;

@@ -16,6 +16,8 @@ export function joinCommand(token, base = document.baseURI) {
   return `fwdllama join ${new URL(".", base).href.replace(/\/$/, "")} --token ${token} --model MODEL.gguf --data mine.json`;
 }
 
+const here = () => ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+
 async function copy(pre, said) {
   try {
     await navigator.clipboard.writeText(pre.textContent);
@@ -85,7 +87,7 @@ export class TokenBox {
     const command = el("pre", { tabindex: "0", id: "join-command", "aria-label": "Command for the device" }, joinCommand(token.token));
     const said = el("span", { class: "hint" });
     const controls = el("div", { class: "buttons" }, button("Copy", () => copy(command, said), { class: "main" }), button("Done", () => this.forget()), said);
-    this.made.replaceChildren(el("h3", {}, `Run this on the device (${token.name})`), command, el("p", { class: "hint" }, "It is shown only now: the aggregator keeps no copy of a token."), controls);
+    this.made.replaceChildren(el("h3", {}, `Run this on the device (${token.name})`), command, el("p", { class: "hint" }, `It is shown only now: the aggregator keeps no copy of a token.${here() ? " The address is that of this machine; for another one replace it by an address that it can reach." : ""}`), controls);
     this.made.hidden = false;
     this.form.reset();
     await this.act(this.refresh());

@@ -166,6 +166,7 @@ def test_a_token_made_on_the_page_enrols_a_device_and_is_shown_once(site: Site) 
     page.click("#token-form button")
     command = page.inner_text("#join-command")
     assert command.startswith(f"fwdllama join {site.url.rstrip('/')} --token ")
+    assert "replace it by an address that it can reach" in page.inner_text(".made")  # this one is of the loopback
     site.aggregator.enrolment = command.split("--token ")[1].split(" ")[0]
     assert site.aggregator.member("new one").send("GET", "/v1/runs").status_code == 200
     page.wait_for_selector("#device-table th:text('new one')")
