@@ -26,6 +26,8 @@ from .conftest import Aggregator, Clock
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--disable-dev-shm-usage")  # fmt: skip
 
+ROUND = {"probes": 20, "most": 40, "probes_per_task": 10}
+
 
 def chromium_path() -> str:
     """An installed Chromium: FWDLLAMA_CHROMIUM, or one on the path."""
@@ -142,3 +144,10 @@ def site(tmp_path: Path, browser: Browser) -> Iterator[Site]:
     """An aggregator of the test's own."""
     with site_in(tmp_path / "aggregator", browser) as found:
         yield found
+
+
+def probe(member: Any, run: str = "toy", n: int = 1) -> None:
+    """Deliver the probes of n tasks; of what else there is to do, too."""
+    while n:
+        given = member.work(run)
+        n -= bool(given["task"] and given["task"]["kind"] == "train")
