@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from . import adapters, administration, devices, live
+from . import adapters, administration, dashboard, devices, live
 from .context import Context
 from .delivery import tick
 from .errors import Refused
@@ -49,6 +49,7 @@ def create_app(context: Context) -> FastAPI:
     app.add_middleware(BodyLimit, limits=context.limits)
     for module in (devices, adapters, administration, live):
         app.include_router(module.router)
+    app.include_router(dashboard.router(context.model_server))
 
     @app.exception_handler(Refused)
     async def _refused(request: Request, error: Refused) -> JSONResponse:
