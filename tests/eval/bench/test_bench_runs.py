@@ -39,7 +39,8 @@ def test_a_probe_with_the_prompt_kept_decodes_a_fraction_of_the_tokens(bench: Be
     for times in found.values():
         assert len(times.answer_s) == len(times.all_s) == 8
         assert times.all_tokens - times.answer_tokens == pytest.approx(size * prompt_tokens)
-        assert times.ratio == pytest.approx(sorted(a / b for a, b in zip(times.answer_s, times.all_s, strict=True))[3], rel=1)
+        ratios = sorted(a / b for a, b in zip(times.answer_s, times.all_s, strict=True))
+        assert ratios[3] <= times.ratio <= ratios[4]
     assert set(found) == {"whole", "trunk"}
 
 
