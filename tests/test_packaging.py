@@ -24,8 +24,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(checkout)], check=True)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"  # as pip does, in half of its time
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=checkout, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     with ZipFile(wheel) as contents:
         return frozenset(contents.namelist())
@@ -54,15 +54,9 @@ def test_bundled_data_templates_and_type_marker_are_in_the_wheel(members: frozen
 def test_commands_that_the_wheel_promises_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     promised = [*project["scripts"].values(), *project["entry-points"]["fwdllama.commands"].values()]
-    for target in promised:
-        module, _, function = target.partition(":")
-        found = subprocess.run(
-            [sys.executable, "-c", f"import {module}; assert callable({module}.{function})"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert found.returncode == 0, found.stderr
+    program = "\n".join(f"import {module}; assert callable({module}.{function})" for module, _, function in (t.partition(":") for t in promised))
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

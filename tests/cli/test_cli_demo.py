@@ -8,11 +8,13 @@ import pytest
 from fwdllama.cli.demo import MARK, bundled, fresh_folder
 from fwdllama.errors import RunError
 from fwdllama.tasks.load import load_dataset
+from gguf_tools.synth import write_tiny_llama
 
 from .conftest import Run
 
 
-def test_demo_trains_scores_shows_answers_and_reports(run: Run, model: Path) -> None:
+def test_demo_trains_scores_shows_answers_and_reports(run: Run) -> None:
+    model = write_tiny_llama(Path("tiny.gguf"), type="Q8_0", n_layers=2, n_embd=32, n_head=2, n_head_kv=1, n_ff=32)  # a step is 320 probes
     small = ("--model", model, "--steps", 1, "--eval-limit", 3, "--threads", 1)
     result = run("demo", *small)
     assert result.code == 0, result.err
