@@ -65,7 +65,8 @@ def connection(ca_file: Path | None = None, *, n_connections: int = 2) -> httpx.
     except (OSError, ssl.SSLError) as error:
         raise UsageError(f"{ca_file}: no certificates can be read from it ({error}); --ca-file takes a PEM file.") from error
     limits = httpx.Limits(max_connections=n_connections, max_keepalive_connections=n_connections)
-    return httpx.Client(timeout=TIMEOUT, verify=verify, limits=limits, headers={"user-agent": f"fwdllama/{__version__}", "accept-encoding": "identity"})
+    headers = {"user-agent": f"fwdllama/{__version__}", "accept-encoding": "identity"}
+    return httpx.Client(timeout=TIMEOUT, verify=verify, limits=limits, headers=headers)
 
 
 def slept(seconds: float) -> bool:
@@ -163,10 +164,10 @@ class Client:
             if have and answer.status_code != 206:
                 store.remove(part)
                 have = 0
-            for chunk in answer.iter_bytes(1 << 18):
+            for chunk in answer.iter_bytes():
                 have += len(chunk)
                 if have > MAX_BLOB_BYTES:
-                    raise FederationError(f"{self.url} sends more than {MAX_BLOB_BYTES >> 30} GiB as blob {sha256}; nothing of that size is expected.")
+                    raise FederationError(f"{self.url} sends more than {MAX_BLOB_BYTES >> 30} GiB as blob {sha256}; none is so large.")
                 store.append(part, chunk)
 
     def _request(self, method: str, target: str, body: bytes = b"") -> httpx.Response:
