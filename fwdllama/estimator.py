@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from fwdllama.loss import bounded
 from fwdllama.oracle import Losses, LossOracle
 
 Sided = Literal["one", "two"]
+Nats = TypeVar("Nats", float, NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Probe:
     bits: Bits
 
 
-def projected_gradient(loss_plus: float, loss_minus: float, distance: float) -> float:
+def projected_gradient(loss_plus: Nats, loss_minus: Nats, distance: float) -> Nats:
     """Finite difference of the loss along one direction z, in nats per unit of eps.
 
         g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)     two-sided, distance = 2 eps
@@ -79,19 +80,29 @@ def evaluate(
 
 
 def centred_slopes(probes: Sequence[Probe], eps: float, sided: Sided) -> NDArray[np.float64]:
-    """Projected gradients (n_probes,), not-finite ones as NaN; one-sided ones with their group's mean removed.
+    """Projected gradients (n_probes,), not-finite ones as NaN; one-sided ones with their group's mean removed."""
+    plus, minus = np.array([p.loss_plus for p in probes], np.float64), np.array([p.loss_minus for p in probes], np.float64)
+    return slopes_of(plus, minus, np.array([p.group for p in probes]), eps, sided)
+
+
+def slopes_of(
+    plus: NDArray[np.float64],  # (n_probes,) nats
+    minus: NDArray[np.float64],  # (n_probes,) nats; one-sided: at theta
+    group: NDArray[np.int64],  # (n_probes,) which group of examples each was evaluated on
+    eps: float,
+    sided: Sided,
+) -> NDArray[np.float64]:
+    """`centred_slopes` of plain numbers.
 
     Curvature adds eps/2 z^T H_i z to a one-sided slope, which for random signs z is nearly the same number for every direction of
     one group, and differs between groups; the group's mean takes it away. Groups with fewer than four probes use the mean of all.
     """
-    distance = eps if sided == "one" else 2 * eps
-    slopes = np.array([projected_gradient(p.loss_plus, p.loss_minus, distance) for p in probes], np.float64)
+    slopes = np.asarray(projected_gradient(plus, minus, eps if sided == "one" else 2 * eps))
     slopes[~np.isfinite(slopes)] = np.nan
     if sided == "two" or not len(slopes):
         return slopes
-    group = np.array([p.group for p in probes])
     everything = np.nanmean(slopes) if np.isfinite(slopes).any() else 0.0
-    centred = slopes - everything
+    centred: NDArray[np.float64] = slopes - everything
     for g in np.unique(group):
         mine = np.flatnonzero((group == g) & np.isfinite(slopes))
         if len(mine) >= 4:

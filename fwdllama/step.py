@@ -70,6 +70,15 @@ def coefficients(
     return np.asarray(slopes * (lr / (examples_per_probe * mean_square)), np.float32)
 
 
+def learning_rate(lr: float, *, fraction: float, final: float, n_probes: int, half_life: float) -> float:
+    """The rate after `n_probes` probes and a `fraction` of the budget: linear to `final` of itself, and 1 / (1 + n_probes / half_life).
+
+    >>> learning_rate(0.5, fraction=0.5, final=0.0, n_probes=800, half_life=800)
+    0.125
+    """
+    return lr * ((1 - (1 - final) * fraction) / (1 + n_probes / half_life))
+
+
 def combined(bits: Iterable[Bits], coefficients: Sequence[float] | NDArray[np.float32], n_params: int) -> NDArray[np.float32]:
     """sum_i a_i z_i in float32, added in the order given: the order is part of the contract that makes replay bit-identical."""
     total = np.zeros(n_params, np.float32)

@@ -24,7 +24,7 @@ from fwdllama.ledger import Entry
 from fwdllama.oracle import LossOracle
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
 from fwdllama.sampler import Sampler
-from fwdllama.step import StepState, clipped, coefficients, combined
+from fwdllama.step import StepState, clipped, coefficients, combined, learning_rate
 from fwdllama.types import Encoded
 
 FIRST_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)  # powers of two, so that scaled coefficients stay exact
@@ -156,8 +156,13 @@ class Trainer:
         limited = clipped(slopes)
         usable = limited[np.isfinite(slopes)]
         running = StepState(state.mean_square).updated(usable)
-        cooled = (1 - (1 - config.step.final_lr) * fraction) / (1 + state.n_probes / config.step.half_life)
-        lr = config.step.lr * state.lr_scale * cooled
+        lr = learning_rate(
+            config.step.lr * state.lr_scale,
+            fraction=fraction,
+            final=config.step.final_lr,
+            n_probes=state.n_probes,
+            half_life=config.step.half_life,
+        )
         values = coefficients(limited, lr, running.mean_square or 0.0, config.estimator.examples_per_probe)
         update = combined([probe.bits for probe in probes], values, self.theta.size)
         factor = self._tested(update)

@@ -1,0 +1,114 @@
+"""The answer to a check-in: an evaluation that is due, else seeds, else when to come back."""
+
+from __future__ import annotations
+
+import secrets
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from fwdllama.federation.message import Assignment, CheckIn, Task, Wait
+
+from .errors import Refused
+from .registry import Registry
+from .rounds import Lease, free_slot, wait_s
+from .schema import devices, tasks
+from .state import Open, open_round, slot_seeds
+
+ACTIVE_S = 600.0  # an evaluating device that was not seen for so long may be replaced
+CHECK_INS_PER_S = 50  # that waiting devices should cause together
+EXCHANGE_S = 0.5
+
+
+def check_in(connection: Connection, registry: Registry, run: Open, device: str, checkin: CheckIn, n_active: int, now: float) -> Assignment:
+    """Lease a task to `device`, or tell it to wait. n_active: how many devices were seen lately.
+
+    Raises:
+        Refused: 409, the device has another base model.
+    """
+    row, spec = run.row, run.spec
+    if checkin.base != spec.base.sha256:
+        raise Refused(409, f"run {row.name} is for base {spec.base.name} ({spec.base.sha256[:12]}), but the device has {checkin.base[:12]}.")
+    connection.execute(
+        devices.update()
+        .where(devices.c.id == device)
+        .values(battery=checkin.battery, charging=checkin.charging, memory_bytes=checkin.memory_bytes)
+    )
+    if row.status == "finished":
+        return Assignment(wait=Wait(least_s=0, most_s=0, reason=f"run {row.name} is finished: {row.reason}", finished=True))
+    if row.status == "paused":
+        return _wait(30.0, n_active, f"run {row.name} is paused" + (f": {row.reason}" if row.reason else ""))
+    if (version := int(row.version)) % spec.evaluation.every == 0 or run.last:
+        task = _evaluation(connection, run, device, now)
+        if task is not None:
+            return Assignment(task=task)
+    if run.last:
+        return _wait(2.0, n_active, f"run {row.name} is being scored for the last time")
+    current = open_round(connection, run)
+    slot = free_slot(current, spec.round, device, now)
+    if slot is None:
+        return _wait(wait_s(current, spec.round, now), n_active, f"all probes of round {version} are given out")
+    seeds = slot_seeds(registry, connection, run, version, slot)
+    lease = _leased(connection, run, device, "train", slot, now)
+    return Assignment(task=_task(run, lease, "train", seeds))
+
+
+def _wait(least_s: float, n_active: int, reason: str) -> Assignment:
+    """Spread over so long that all devices together do not ask too often."""
+    most = max(least_s + EXCHANGE_S, n_active / CHECK_INS_PER_S)
+    return Assignment(wait=Wait(least_s=least_s, most_s=most, reason=reason))
+
+
+def _leased(connection: Connection, run: Open, device: str, kind: str, slot: int, now: float) -> Lease:
+    lease = Lease(f"t{secrets.token_hex(8)}", int(run.row.version), slot, device, now, now + run.spec.round.lease_s)
+    connection.execute(
+        tasks.insert().values(
+            id=lease.task, run=run.id, kind=kind, version=lease.round, slot=slot, device=device, leased_at=now, until=lease.until
+        )
+    )
+    return lease
+
+
+def _task(run: Open, lease: Lease, kind: str, seeds: list[int]) -> Task:
+    return Task.model_validate(
+        {
+            "task": lease.task,
+            "run": run.id,
+            "kind": kind,
+            "version": lease.round,
+            "theta_digest": run.row.theta_digest,
+            "seeds": seeds,
+            "lease_s": run.spec.round.lease_s,
+        }
+    )
+
+
+def _evaluation(connection: Connection, run: Open, device: str, now: float) -> Task | None:
+    """The evaluation of the newest version, if this device should do it.
+
+    The same devices are asked every time, as far as they are there: losses on different questions do not compare.
+    """
+    given = connection.execute(
+        sa.select(tasks.c.device, tasks.c.until, tasks.c.counted).where(
+            tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(run.row.version)
+        )
+    ).all()
+    taken = {x.device for x in given if x.counted is not None or now < x.until}
+    if device in taken or len(taken) >= run.spec.evaluation.devices:
+        return None
+    panel = connection.execute(
+        sa.select(tasks.c.device)
+        .join(devices, devices.c.id == tasks.c.device)
+        .where(
+            tasks.c.run == run.id,
+            tasks.c.kind == "evaluate",
+            tasks.c.counted.is_not(None),
+            devices.c.last_seen > now - ACTIVE_S,
+            devices.c.revoked_at.is_(None),
+        )
+        .distinct()
+    )
+    members = {x.device for x in panel}
+    if device not in members and len(members | taken) >= run.spec.evaluation.devices:
+        return None
+    return _task(run, _leased(connection, run, device, "evaluate", 0, now), "evaluate", [])

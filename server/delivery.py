@@ -1,0 +1,163 @@
+"""A result arrives: refused with a sentence, or stored and counted once; and what follows from it, and from time passing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from fwdllama.federation.message import EvaluateResult, Receipt, TrainResult
+
+from . import aggregate
+from .audit import record
+from .errors import Refused
+from .registry import Registry
+from .rounds import Lease, Round, decide, judge, n_counted
+from .schema import devices, runs, tasks, versions
+from .state import Open, change, close, contributions, open_round, run_named, say, waste
+
+
+def deliver(
+    connection: Connection, registry: Registry, task: str, device: str, result: TrainResult | EvaluateResult, now: float
+) -> Receipt | Refused:
+    """Take a result. A refusal is returned, not raised: that it happened is written too.
+
+    Raises:
+        Refused: 404, there is no such task of this device.
+    """
+    row = connection.execute(sa.select(tasks).where(tasks.c.id == task, tasks.c.device == device)).first()
+    if row is None:
+        raise Refused(404, f"device {device} has no task {task}.")
+    run = run_named(connection, registry, row.run)
+    text = result.model_dump_json()
+    if row.counted is not None:
+        return Receipt(duplicate=True) if row.result == text else Refused(409, f"another result of task {task} was accepted before.")
+    n_seeds = run.spec.round.probes_per_task
+    refusal = _refusal(run, row, result, n_seeds)
+    if refusal is None and isinstance(result, TrainResult):
+        current = open_round(connection, run)
+        lease = Lease(row.id, row.version, row.slot, row.device, row.leased_at, row.until)
+        verdict = judge(current, run.spec.round, lease) if row.version >= 0 else None
+        if row.version < 0:
+            refusal = Refused(409, "stale: the run was taken back to an earlier version meanwhile.")
+        elif verdict is not None:
+            refusal = Refused(verdict.status, verdict.sentence)
+            change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
+    if refusal is not None:
+        change(connection, run.id, n_refused=runs.c.n_refused + 1)
+        connection.execute(devices.update().where(devices.c.id == device).values(n_refused=devices.c.n_refused + 1))
+        say(connection, run.id, "result-refused", now, {"device": device, "task": task, "status": refusal.status, "why": refusal.sentence})
+        return refusal
+    n_probes = n_seeds if isinstance(result, TrainResult) else 0
+    counted = int(run.row.version) if isinstance(result, TrainResult) else int(row.version)
+    # A lease that was counted as lost, and whose result came after all, is not.
+    regained = n_probes if row.wasted else 0
+    connection.execute(tasks.update().where(tasks.c.id == task).values(counted=counted, result=text, wasted=0))
+    connection.execute(
+        devices.update()
+        .where(devices.c.id == device)
+        .values(n_results=devices.c.n_results + 1, n_probes=devices.c.n_probes + n_probes, n_wasted=devices.c.n_wasted - regained)
+    )
+    change(connection, run.id, n_results=runs.c.n_results + 1, n_wasted=runs.c.n_wasted - regained)
+    if isinstance(result, TrainResult):
+        advance(connection, registry, run, current.with_result(task), now)
+    else:
+        _scored(connection, run, int(row.version), now)
+    return Receipt()
+
+
+def _refusal(run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_seeds: int) -> Refused | None:
+    if run.row.status == "finished":
+        return Refused(410, f"late: run {run.row.name} is finished.")
+    if result.kind != row.kind:
+        return Refused(422, f"task {row.id} asks to {row.kind}, but the result is of kind {result.kind!r}.")
+    if isinstance(result, TrainResult):
+        wrong = aggregate.problem(result, run.spec, n_seeds)
+    else:
+        most = run.spec.aggregation.max_loss
+        wrong = None if 0.0 <= result.loss <= most else f"loss is {result.loss!r}, but must be between 0 and {most:g} nats."
+    if wrong is None and row.version == int(run.row.version) and result.theta_digest != run.row.theta_digest:
+        wrong = f"the result was computed at {result.theta_digest[:12]}, but version {row.version} is {run.row.theta_digest[:12]}."
+    return None if wrong is None else Refused(422, wrong)
+
+
+def advance(connection: Connection, registry: Registry, run: Open, current: Round, now: float) -> None:
+    """Whatever the round's state and the time ask for: close, extend, abandon, or nothing."""
+    config = run.spec.round
+    if run.spec.train.pacing.kind == "variance" and n_counted(current, config) >= current.wanted:
+        needed = aggregate.wanted(contributions(connection, registry, run, current), run.spec)
+        if needed > current.wanted:
+            change(connection, run.id, wanted=needed)
+            return
+    decision = decide(current, config, now)
+    if decision == "close":
+        close(connection, registry, run, current, now)
+    elif decision == "extend":
+        change(connection, run.id, deadline=now + config.deadline_s, extensions=current.extensions + 1)
+        facts = {"run": run.row.name, "round": current.number, "probes": n_counted(current, config), "wanted": current.wanted}
+        say(connection, run.id, "round-extended", now, facts)
+    elif decision == "abandon":
+        reason = f"round {current.number} had {n_counted(current, config)} of {current.wanted} probes after {current.extensions} extensions"
+        change(connection, run.id, status="paused", reason=reason, extensions=0)
+        record(connection, now, "round", "round-abandoned", {"run": run.row.name, "round": current.number, "reason": reason})
+        say(connection, run.id, "round-abandoned", now, {"run": run.row.name, "round": current.number, "reason": reason})
+
+
+def _scored(connection: Connection, run: Open, version: int, now: float) -> None:
+    """The mean held-out loss of a version, weighted by examples; then best version, patience, and the end of a run."""
+    where = (tasks.c.run == run.id) & (tasks.c.kind == "evaluate") & (tasks.c.counted == version)
+    reports = [EvaluateResult.model_validate_json(x.result) for x in connection.execute(sa.select(tasks.c.result).where(where))]
+    n_examples = sum(report.n_examples for report in reports)
+    if n_examples:
+        loss = float(np.average([r.loss for r in reports], weights=[r.n_examples for r in reports]))
+        at = (versions.c.run == run.id) & (versions.c.version == version)
+        connection.execute(versions.update().where(at).values(held_out_loss=loss, n_evaluated=n_examples))
+        _judge(connection, run, version)
+        say(connection, run.id, "version-evaluated", now, {"run": run.row.name, "version": version, "held_out_loss": loss, "examples": n_examples})
+    if run.last and version == int(run.row.version) and len(reports) >= run.spec.evaluation.devices:
+        finish(connection, run, "the budget is used up", now)
+
+
+def _judge(connection: Connection, run: Open, version: int) -> None:
+    scored = connection.execute(
+        sa.select(versions.c.version, versions.c.held_out_loss)
+        .where(versions.c.run == run.id, versions.c.held_out_loss.is_not(None))
+        .order_by(versions.c.version)
+    ).all()
+    best = min(scored, key=lambda x: x.held_out_loss)
+    since = sum(1 for x in scored if x.version > best.version)
+    change(connection, run.id, best_version=best.version, best_loss=best.held_out_loss, since_best=since)
+
+
+def finish(connection: Connection, run: Open, reason: str, now: float) -> None:
+    """End the run; its versions stay."""
+    change(connection, run.id, status="finished", reason=reason)
+    record(connection, now, "round", "run-finished", {"run": run.row.name, "reason": reason})
+    say(connection, run.id, "run-finished", now, {"run": run.row.name, "reason": reason})
+
+
+def tick(connection: Connection, registry: Registry, now: float) -> None:
+    """What time alone brings about, for every open run: deadlines, lost leases, patience, and the end of the last evaluation."""
+    for id_ in connection.execute(sa.select(runs.c.id).where(runs.c.status == "open")).scalars().all():
+        run = run_named(connection, registry, id_)
+        row, patience = run.row, run.spec.evaluation.patience
+        current = open_round(connection, run)
+        lost = [x for x in current.leases if not x.done and x.until <= now]
+        if n_lost := waste(connection, lost, run.spec.round.probes_per_task):
+            change(connection, run.id, n_wasted=runs.c.n_wasted + n_lost)
+        if patience is not None and row.since_best >= patience:
+            finish(connection, run, f"the held-out loss has not fallen for {patience} scored versions", now)
+        elif run.last:
+            asked = connection.execute(
+                sa.select(tasks.c.until, tasks.c.counted).where(
+                    tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(row.version)
+                )
+            ).all()
+            # Nobody is still at it, and whoever could come has had the time of a lease.
+            idle = not any(x.counted is None and now < x.until for x in asked)
+            if now >= row.deadline or (asked and idle and now >= row.opened_at + min(10.0, run.spec.round.lease_s)):
+                finish(connection, run, "the budget is used up", now)
+        else:
+            advance(connection, registry, run, current, now)

@@ -1,0 +1,130 @@
+"""A round as a pure state machine: who is given which seeds, which results still count, and when the round ends.
+
+No clock, no HTTP, no database: time is an argument, and a round is a value. A round's seeds are cut into slots of `probes_per_task`; each
+slot is leased to `copies` different devices, and handed on when a lease passes without a result. A result that comes after its lease is
+still welcome as long as nobody else has delivered the slot.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fwdllama.federation.spec import RoundConfig
+
+AHEAD = 4  # asynchronous: slots leased at most, times those that the round wants
+
+Decision = Literal["open", "close", "extend", "abandon"]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One slot in one device's hands; `counted` names the round that its result was merged in or waits for."""
+
+    task: str
+    round: int  # whose version it is evaluated at
+    slot: int
+    device: str
+    leased_at: float  # seconds since 1970
+    until: float
+    counted: int | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether its result was accepted."""
+        return self.counted is not None
+
+    def active(self, now: float) -> bool:
+        """Whether its device may still be working on it."""
+        return not self.done and now < self.until
+
+
+@dataclass(frozen=True)
+class Round:
+    """An open round. `leases` holds its own, and with staleness those of earlier rounds that may still count or do count here."""
+
+    number: int
+    wanted: int  # probes
+    deadline: float
+    extensions: int = 0
+    leases: tuple[Lease, ...] = ()
+
+    def with_lease(self, lease: Lease) -> Round:
+        """The round with one more lease."""
+        return replace(self, leases=(*self.leases, lease))
+
+    def with_result(self, task: str) -> Round:
+        """The round after the result of `task` was accepted."""
+        return replace(self, leases=tuple(replace(x, counted=self.number) if x.task == task else x for x in self.leases))
+
+
+def n_slots(config: RoundConfig, wanted: int) -> int:
+    """How many slots hold `wanted` probes."""
+    return -(-wanted // config.probes_per_task)
+
+
+def free_slot(current: Round, config: RoundConfig, device: str, now: float) -> int | None:
+    """The slot that `device` should be given, None when there is nothing for it."""
+    own = [lease for lease in current.leases if lease.round == current.number]
+    taken = Counter(lease.slot for lease in own if lease.done or lease.active(now))
+    mine = {lease.slot for lease in own if lease.device == device and (lease.done or config.copies > 1)}
+    limit = n_slots(config, int(-(-current.wanted * config.over_selection // 1)))
+    if config.staleness:
+        limit *= AHEAD
+    for slot in range(limit):
+        if taken[slot] < config.copies and slot not in mine:
+            return slot
+    return None
+
+
+def n_counted(current: Round, config: RoundConfig) -> int:
+    """Probes whose results count in this round: slots that all their copies have answered."""
+    done = Counter((lease.round, lease.slot) for lease in current.leases if lease.counted == current.number)
+    return config.probes_per_task * sum(1 for copies in done.values() if copies >= config.copies)
+
+
+def n_leased(current: Round, config: RoundConfig, now: float) -> int:
+    """Probes that devices are working on."""
+    return config.probes_per_task * sum(1 for lease in current.leases if lease.active(now))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a result does not count: the HTTP status and a sentence."""
+
+    status: int
+    sentence: str
+
+
+def judge(current: Round, config: RoundConfig, lease: Lease) -> Refusal | None:
+    """Whether the result of `lease`, which was not accepted before, may count in `current`."""
+    late = current.number - lease.round
+    if late > config.staleness:
+        return Refusal(409, f"stale: the task was for version {lease.round}, and the run is at version {current.number}.")
+    rivals = sum(1 for x in current.leases if (x.round, x.slot) == (lease.round, lease.slot) and x.done and x.task != lease.task)
+    if rivals >= config.copies:
+        return Refusal(410, f"late: the lease ended and another device has delivered slot {lease.slot} of round {lease.round}.")
+    return None
+
+
+def decide(current: Round, config: RoundConfig, now: float) -> Decision:
+    """What happens to the round now; never a step with less than the minimum."""
+    counted = n_counted(current, config)
+    if counted >= current.wanted:
+        return "close"
+    if now < current.deadline:
+        return "open"
+    if counted and counted >= config.minimum * current.wanted:
+        return "close"
+    return "extend" if current.extensions < config.extensions else "abandon"
+
+
+def wait_s(current: Round, config: RoundConfig, now: float) -> float:
+    """How long a device without a task should wait at least: a part of what a task takes, or until the first lease passes."""
+    took = [lease.until - config.lease_s for lease in current.leases if lease.active(now)]
+    if not took:
+        return 0.2
+    running = now - min(took)  # seconds that the oldest open task has taken so far
+    ends = min(lease.until for lease in current.leases if lease.active(now)) - now
+    return float(min(max(0.2, running / 4), max(0.2, ends), 30.0))

@@ -1,0 +1,258 @@
+"""An open round between the database and the state machine, and the closing of it.
+
+Every function here runs inside one transaction and takes the time as an argument.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+from sqlalchemy.engine import Connection, Row
+
+from fwdllama.federation.message import TrainResult, theta_digest
+from fwdllama.federation.spec import RunSpec
+from fwdllama.ledger import Entry, chained, replay, restoring
+from fwdllama.sampler import Sampler
+
+from . import aggregate
+from .audit import record
+from .errors import Refused
+from .registry import SNAPSHOT_EVERY, Held, Registry, add_version, store_snapshot
+from .rounds import Lease, Round
+from .schema import devices, entries, events, runs, tasks
+
+LEASE_COLUMNS = (
+    tasks.c.id,
+    tasks.c.version,
+    tasks.c.slot,
+    tasks.c.device,
+    tasks.c.leased_at,
+    tasks.c.until,
+    tasks.c.counted,
+)
+
+
+@dataclass(frozen=True)
+class Open:
+    """A run's row with its specification."""
+
+    row: Row[Any]
+    spec: RunSpec
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return str(self.row.id)
+
+    @property
+    def last(self) -> bool:
+        """Whether the budget is used up, so that only the last evaluation is missing."""
+        return int(self.row.wanted) == 0
+
+    def fraction(self, version: int, n_probes: int) -> float:
+        """How much of the tightest budget is used, 0 to 1."""
+        budget = self.spec.train.budget
+        used = [0.0]
+        if budget.steps is not None:
+            used.append(version / budget.steps)
+        if budget.probes is not None:
+            used.append(n_probes / budget.probes)
+        return min(1.0, max(used))
+
+
+def run_named(connection: Connection, registry: Registry, named: str) -> Open:
+    """A run by id or name.
+
+    Raises:
+        Refused: 404, there is none.
+    """
+    row = connection.execute(sa.select(runs).where(runs.c.id == named)).first()
+    row = row or connection.execute(sa.select(runs).where(runs.c.name == named)).first()
+    if row is None:
+        raise Refused(404, f"there is no run {named!r}.")
+    return Open(row, registry.spec(connection, row.id))
+
+
+def say(connection: Connection, run: str | None, kind: str, at: float, data: Mapping[str, Any]) -> None:
+    """Add an event, for whoever watches."""
+    connection.execute(events.insert().values(run=run, kind=kind, at=at, data=json.dumps(data)))
+
+
+def change(connection: Connection, run: str, **values: Any) -> None:
+    """Set columns of a run."""
+    connection.execute(runs.update().where(runs.c.id == run).values(**values))
+
+
+def open_round(connection: Connection, run: Open) -> Round:
+    """The round as the state machine knows it."""
+    row = run.row
+    version = int(row.version)
+    oldest = version - run.spec.round.staleness
+    found = connection.execute(
+        sa.select(*LEASE_COLUMNS)
+        .where(tasks.c.run == row.id, tasks.c.kind == "train", tasks.c.version >= oldest)
+        .order_by(tasks.c.version, tasks.c.slot, tasks.c.leased_at)
+    )
+    leases = tuple(Lease(x.id, x.version, x.slot, x.device, x.leased_at, x.until, x.counted) for x in found)
+    return Round(version, int(row.wanted), float(row.deadline), int(row.extensions), leases)
+
+
+def slot_seeds(registry: Registry, connection: Connection, run: Open, version: int, slot: int) -> list[int]:
+    """The seeds of a slot: the same whoever asks, since they follow from the run's seed, round and place."""
+    config, n = run.spec.train, run.spec.round.probes_per_task
+    sampler = Sampler(config.seed, config.step.candidates)
+    update = registry.held(connection, run.id, version).update if config.step.candidates > 1 else None
+    return [sampler.seed(version, slot * n + i, update) for i in range(n)]
+
+
+def contributions(connection: Connection, registry: Registry, run: Open, current: Round) -> list[aggregate.Contribution]:
+    """The results that count in `current`, in the order of round and slot; of a slot that lacks copies, none."""
+    complete: dict[tuple[int, int], list[Lease]] = {}
+    for lease in current.leases:
+        if lease.counted == current.number:
+            complete.setdefault((lease.round, lease.slot), []).append(lease)
+    chosen = [lease for key in sorted(complete) for lease in complete[key] if len(complete[key]) >= run.spec.round.copies]
+    if not chosen:
+        return []
+    found = connection.execute(sa.select(tasks.c.id, tasks.c.result).where(tasks.c.run == run.id, tasks.c.counted == current.number))
+    texts = {row.id: row.result for row in found}
+    return [
+        aggregate.Contribution(
+            lease.device,
+            np.array(slot_seeds(registry, connection, run, lease.round, lease.slot), np.uint64),
+            TrainResult.model_validate_json(texts[lease.task] or ""),
+            current.number - lease.round,
+        )
+        for lease in chosen
+    ]
+
+
+def close(connection: Connection, registry: Registry, run: Open, current: Round, now: float) -> None:
+    """Step: the entry, the new version and the next round, all in the transaction that also holds the result that closed it."""
+    row, spec = run.row, run.spec
+    merging = contributions(connection, registry, run, current)
+    learner = aggregate.Learner(row.mean_square, int(row.n_probes))
+    merged = aggregate.merge(merging, spec, learner, current.number, run.fraction(current.number, learner.n_probes))
+    held = registry.held(connection, run.id, current.number)
+    theta = replay(held.theta, [merged.entry])
+    digest, hashed = _append(connection, row, merged.entry, theta, now, _facts(run, current, merging, merged, now))
+    n_devices = len({c.device for c in merging})
+    add_version(
+        connection,
+        run.id,
+        current.number + 1,
+        parent=current.number,
+        theta_digest=digest,
+        created_at=now,
+        n_probes=len(merged.entry.seeds),
+        n_devices=n_devices,
+        loss=merged.loss,
+    )
+    version, n_probes = current.number + 1, merged.learner.n_probes
+    done = run.fraction(version, n_probes) >= 1.0
+    change(
+        connection,
+        run.id,
+        version=version,
+        n_probes=n_probes,
+        mean_square=merged.learner.mean_square,
+        wanted=0 if done else aggregate.wanted([], spec),
+        opened_at=now,
+        deadline=now + spec.round.deadline_s,
+        extensions=0,
+        n_wasted=runs.c.n_wasted + _waste(connection, run, current, version),
+    )
+    if version % SNAPSHOT_EVERY == 0:
+        store_snapshot(connection, run.id, version, theta, public=spec.public)
+    registry.keep(run.id, Held(version, theta, held.theta - theta))
+    record(connection, now, "round", "round-closed", {"run": row.name, "round": current.number, "ledger": hashed.hex()})
+
+
+def _facts(run: Open, current: Round, merging: Sequence[aggregate.Contribution], merged: aggregate.Merged, now: float) -> dict[str, Any]:
+    return {
+        "run": str(run.row.name),
+        "round": current.number,
+        "closed_at": now,
+        "duration_s": round(now - float(run.row.opened_at), 3),
+        "n_probes": len(merged.entry.seeds),
+        "n_wanted": current.wanted,
+        "n_devices": len({c.device for c in merging}),
+        "n_results": len(merging),
+        "loss": merged.loss,
+        "gradient_rms": merged.gradient_rms,
+        "lr": merged.lr,
+    }
+
+
+def _append(
+    connection: Connection, row: Row[Any], entry: Entry, theta: NDArray[np.float32], now: float, facts: dict[str, Any]
+) -> tuple[str, bytes]:
+    """Add an entry to the ledger, with its event; returns the digest of `theta`, which it leads to, and its own hash."""
+    payload = entry.payload()
+    digest, hashed = theta_digest(theta), chained(row.head, payload)
+    connection.execute(
+        entries.insert().values(
+            run=row.id, number=entry.step, payload=payload, hash=hashed, theta_digest=digest, closed_at=now, facts=json.dumps(facts)
+        )
+    )
+    change(connection, row.id, head=hashed, theta_digest=digest, ledger_bytes=runs.c.ledger_bytes + len(payload) + len(hashed))
+    kind = "round-closed" if entry.restores is None else "run-rolled-back"
+    say(connection, row.id, kind, now, facts)
+    return digest, hashed
+
+
+def _waste(connection: Connection, run: Open, current: Round, version: int) -> int:
+    """Count leases that can no longer count as lost, once; returns their probes."""
+    config = run.spec.round
+    lost = [x for x in current.leases if not x.done and x.round < version - config.staleness]
+    return waste(connection, lost, config.probes_per_task)
+
+
+def waste(connection: Connection, lost: Sequence[Lease], n_probes: int) -> int:
+    """Mark leases as lost and charge them to their devices; returns the probes that were not counted as lost before."""
+    if not lost:
+        return 0
+    ids = [x.task for x in lost]
+    fresh = connection.execute(sa.select(tasks.c.id, tasks.c.device).where(tasks.c.id.in_(ids), tasks.c.wasted == 0)).all()
+    connection.execute(tasks.update().where(tasks.c.id.in_(ids)).values(wasted=1))
+    for row in fresh:
+        connection.execute(devices.update().where(devices.c.id == row.device).values(n_wasted=devices.c.n_wasted + n_probes))
+    return n_probes * len(fresh)
+
+
+def rolled_back(connection: Connection, registry: Registry, run: Open, version: int, now: float) -> None:
+    """Go back to an earlier version: an entry that says so, a new version with the old theta, and a new round.
+
+    Raises:
+        Refused: 422, it is not an earlier version.
+    """
+    row, latest = run.row, int(run.row.version)
+    if not 0 <= version < latest:
+        raise Refused(422, f"version {version} is not one of 0 to {latest - 1}, those before the latest of run {row.name}.")
+    theta = registry.theta(connection, run.id, version)
+    facts = {"run": str(row.name), "round": latest, "to": version, "n_probes": 0, "n_devices": 0}
+    digest, _ = _append(connection, row, restoring(latest, version), theta, now, facts)
+    add_version(connection, run.id, latest + 1, parent=version, theta_digest=digest, created_at=now, n_probes=0, n_devices=0)
+    current = open_round(connection, run)
+    lost = [x for x in current.leases if not x.done or x.counted == current.number]
+    change(
+        connection,
+        run.id,
+        version=latest + 1,
+        wanted=aggregate.wanted([], run.spec),
+        opened_at=now,
+        deadline=now + run.spec.round.deadline_s,
+        extensions=0,
+        since_best=0,
+        n_wasted=runs.c.n_wasted + waste(connection, lost, run.spec.round.probes_per_task),
+    )
+    # Results computed elsewhere than at this theta must not count, however stale results may be.
+    connection.execute(tasks.update().where(tasks.c.id.in_([x.task for x in current.leases])).values(version=-1))
+    store_snapshot(connection, run.id, latest + 1, theta, public=run.spec.public)
+    registry.keep(run.id, Held(latest + 1, theta, None))

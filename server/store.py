@@ -1,0 +1,123 @@
+"""The database: durable, one writer at a time wherever it sits, and many requests in one commit.
+
+A commit that survives a power cut costs a few milliseconds of disk, so requests that arrive while one is under way share the next: a thread takes
+all that wait, gives each a savepoint, and answers them once the whole is on disk. Several workers share a PostgreSQL database by the same
+rule, a lock in place of SQLite's, so that a round never has two writers and nothing can deadlock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+log = logging.getLogger("fwdllama.server")
+T = TypeVar("T")
+Act = Callable[[Connection], T]
+MOST_IN_ONE_COMMIT = 64
+_LOCK = 0x66776C6C  # of this program among a PostgreSQL database's advisory locks
+
+
+class Store:
+    """A database, open. `write` and `read` from any thread; `close` when done."""
+
+    def __init__(self, url: str) -> None:
+        self.url = sa.make_url(url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._writer = self._engine(writes=True)
+        self._reader = self._engine(writes=False)
+        self._waiting: queue.SimpleQueue[tuple[Act[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="store", daemon=True)
+        self._thread.start()
+
+    def _engine(self, *, writes: bool) -> Engine:
+        if not self.is_sqlite:
+            return sa.create_engine(self.url, pool_size=1 if writes else 5, max_overflow=0 if writes else 10, pool_pre_ping=True)
+        engine = sa.create_engine(self.url, connect_args={"check_same_thread": False, "timeout": 30})
+
+        @sa.event.listens_for(engine, "connect")
+        def _connected(connection: Any, record: Any) -> None:
+            connection.isolation_level = None  # transactions begin where SQLAlchemy says, not where the driver guesses
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+                connection.execute(f"PRAGMA {pragma}")
+            if not writes:
+                connection.execute("PRAGMA query_only=ON")
+
+        @sa.event.listens_for(engine, "begin")
+        def _began(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+        return engine
+
+    async def write(self, act: Act[T]) -> T:
+        """What `act` returns, once all it wrote is on disk; what it raises, and nothing of it is written."""
+        return await asyncio.wrap_future(self.submit(act))
+
+    def submit(self, act: Act[T]) -> Future[T]:
+        """`write` for threads."""
+        future: Future[T] = Future()
+        self._waiting.put((act, future))
+        return future
+
+    async def read(self, act: Act[T]) -> T:
+        """What `act` reads, in a transaction of its own."""
+        return await asyncio.to_thread(self.view, act)
+
+    def view(self, act: Act[T]) -> T:
+        """`read` for threads."""
+        with self._reader.connect() as connection, connection.begin():
+            return act(connection)
+
+    def _work(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            batch = [first]
+            stop = False
+            while len(batch) < MOST_IN_ONE_COMMIT:
+                try:
+                    item = self._waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    stop = True
+                    break
+                batch.append(item)
+            self._commit(batch)
+            if stop:
+                return
+
+    def _commit(self, batch: list[tuple[Act[Any], Future[Any]]]) -> None:
+        done: list[tuple[Future[Any], Any, BaseException | None]] = []
+        try:
+            with self._writer.begin() as connection:
+                if not self.is_sqlite:
+                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+                for act, future in batch:
+                    try:
+                        with connection.begin_nested():
+                            done.append((future, act(connection), None))
+                    except sa.exc.OperationalError:
+                        raise
+                    except Exception as error:  # noqa: BLE001 - it belongs to the request, whose answer it becomes
+                        done.append((future, None, error))
+        except Exception as error:
+            log.exception("a commit failed")
+            done = [(future, None, error) for _, future in batch]
+        for future, value, problem in done:
+            if problem is None:
+                future.set_result(value)
+            else:
+                future.set_exception(problem)
+
+    def close(self) -> None:
+        """Finish what waits, then let go."""
+        self._waiting.put(None)
+        self._thread.join()
+        self._writer.dispose()
+        self._reader.dispose()
