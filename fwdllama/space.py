@@ -86,14 +86,6 @@ class Space:
                 yield f"{m.name}.lora_a", theta[m.a_start : m.a_start + self.rank * m.n_in].reshape(self.rank, m.n_in)
             yield f"{m.name}.lora_b", theta[m.b_start : m.b_start + m.n_out * self.rank].reshape(m.n_out, self.rank)
 
-    def theta(self, tensors: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Theta:
-        """The theta of an adapter's tensors, name -> (A, B): the inverse of `tensors`, but for an A that is not trained."""
-        theta = np.zeros(self.n_params, np.float32)
-        for name, view in self.views(theta):
-            weight, half = name.rsplit(".lora_", 1)
-            view[:] = tensors[weight]["ab".index(half)]
-        return theta
-
     def tensors(self, theta: Theta) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Name -> (A (rank, n_in), B (n_out, rank)), what an adapter file holds."""
         trained = dict(self.views(theta))

@@ -157,24 +157,21 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         FileError: the first thing wrong with it.
     """
     with mapped(path) as data:
-        return adapter_of(check_adapter(data, str(path)))
-
-
-def adapter_of(header: Header) -> Adapter:
-    """The adapter of a file whose header was checked by `check_adapter`; its numbers are copied out of the file's bytes."""
-    tokens = tuple(header.numbers(INVOCATION_KEY) or ())
-    return Adapter(
-        architecture=header.text("general.architecture") or "",
-        alpha=adapter_alpha(header),
-        tensors={name: adapter_pair(header, name) for name in base_names(header)},
-        scope="answer" if tokens else "all",
-        invocation_tokens=tokens,
-        metadata={
-            key: header.text(key) or ""
-            for key, (kind, _) in header.values.items()
-            if kind == GGUFValueType.STRING and key.startswith(NAMESPACE)
-        },
-    )
+        header = check_adapter(data, str(path))
+        tensors = {name: adapter_pair(header, name) for name in base_names(header)}
+        tokens = tuple(header.numbers(INVOCATION_KEY) or ())
+        return Adapter(
+            architecture=header.text("general.architecture") or "",
+            alpha=adapter_alpha(header),
+            tensors=tensors,
+            scope="answer" if tokens else "all",
+            invocation_tokens=tokens,
+            metadata={
+                key: header.text(key) or ""
+                for key, (kind, _) in header.values.items()
+                if kind == GGUFValueType.STRING and key.startswith(NAMESPACE)
+            },
+        )
 
 
 def adapter_pair(header: Header, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -81,7 +81,6 @@ class Device:
     guard: Guard | None = None
     listener: Listener = field(default_factory=Listener)
     once: bool = False
-    needs_initial: bool = True  # a simulated worker knows where it starts
     chance: random.Random = field(default_factory=random.Random)
 
     def __post_init__(self) -> None:
@@ -166,7 +165,7 @@ class Device:
         return 0.0
 
     def _check_in(self) -> tuple[str | None, CheckIn]:
-        """Why the device must not work, if so, and how it is; while it must not, it offers no examples."""
+        """Why the device must not work, if so, and how it is."""
         if self.guard is None:
             return None, CheckIn(base=self.base, examples=self.examples)
         reading = self.guard.reading()
@@ -174,10 +173,11 @@ class Device:
         self._resting = refusal is not None
         checkin = CheckIn(
             base=self.base,
-            examples=0 if refusal else self.examples,
+            examples=self.examples,
             memory_bytes=reading.memory_bytes,
             battery=None if reading.battery is None else round(reading.battery, 3),
             charging=reading.charging,
+            resting=True if refusal else None,
         )
         return refusal, checkin
 
@@ -246,8 +246,7 @@ class Device:
         if self._worker is None or self._follower is None:
             self._show(doing="loading", reason=None, until_s=None)
             spec = self._run.spec
-            initial = self._initial(spec.initial) if self.needs_initial else b""
-            worker = self._resources.enter_context(self.hire(spec, initial))
+            worker = self._resources.enter_context(self.hire(spec, self._initial(spec.initial)))
             try:
                 worker.place = Place(*(int(n) for n in json.loads(self.store.read(self._place_name) or b"[0, 0]")))
             except (ValueError, TypeError):  # damaged: it only says which examples come next

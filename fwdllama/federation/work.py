@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fwdllama.errors import AdapterError, FederationError
+from fwdllama.federation.origin import origin_of
 from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.worker import OracleWorker
 from fwdllama.layout import space_of
 from fwdllama.session import Hooks, Source, opened
-from fwdllama.space import Space
-from gguf_tools.adapter import Adapter, adapter_of
-from gguf_tools.model import ModelInfo, read_model_info
+from gguf_tools.model import read_model_info
 from gguf_tools.validate import check_adapter
 
 
@@ -42,11 +41,15 @@ class Workplace:
         """
         config = spec.train.model_copy(update={"engine": spec.train.engine.model_copy(update=dict(self.engine))})
         info = read_model_info(self.model)
-        label = f"the initial adapter of run {spec.name!r}"
-        adapter = adapter_of(check_adapter(initial, label, info))
-        _check_fits(adapter, space_of(config, info), spec, info)
-        a = {name: pair[0] for name, pair in adapter.tensors.items()}
-        with opened(config, self.model, self.source, self.hooks, a=a) as session:
+        check_adapter(initial, f"the initial adapter of run {spec.name!r}", info)
+        origin = origin_of(spec, initial)
+        if origin.space.matrices != space_of(config, info).matrices:
+            raise AdapterError(
+                f"the initial adapter of run {spec.name!r} adapts other matrices than its configuration trains in {info.name or 'this model'}; "
+                "the run was made for another model, or by another version of fwdllama."
+            )
+        adapter = origin.adapter
+        with opened(config, self.model, self.source, self.hooks, a=origin.space.initial_a()) as session:
             if adapter.scope == "answer" and session.invocation != adapter.invocation_tokens:
                 raise FederationError(
                     f"run {spec.name!r} asks its questions in another form: its answers begin behind the tokens {_few(adapter.invocation_tokens)}, "
@@ -57,35 +60,9 @@ class Workplace:
                 session.losses,
                 session.batches,
                 session.held_out,
-                session.space.theta(adapter.tensors),
+                origin.theta,
                 n_tokens=lambda: session.oracle.n_decoded,
             )
-
-
-def _check_fits(adapter: Adapter, space: Space, spec: RunSpec, info: ModelInfo) -> None:
-    """Compare the adapter and the run's specification with the space that this model gives.
-
-    Raises:
-        AdapterError: they differ.
-    """
-    label = f"the initial adapter of run {spec.name!r}"
-    names = {matrix.name for matrix in space.matrices}
-    different = sorted(names ^ set(adapter.tensors))
-    if different:
-        which = "lacks" if different[0] in names else "has, against the run's configuration,"
-        raise AdapterError(f"{label} {which} {different[0]}; it was not made for this run.")
-    for name, rank in adapter.ranks.items():
-        if rank != space.rank:
-            raise AdapterError(f"{label}: {name} has rank {rank}, but the run trains rank {space.rank}.")
-    if adapter.scope != spec.train.space.scope or adapter.alpha != space.alpha:
-        raise AdapterError(
-            f"{label} has scope {adapter.scope} and alpha {adapter.alpha:g}, "
-            f"but the run trains scope {spec.train.space.scope} and alpha {space.alpha:g}."
-        )
-    if space.n_params != spec.n_params:
-        raise AdapterError(
-            f"run {spec.name!r} trains {spec.n_params:,} numbers, but its configuration gives {space.n_params:,} for {info.name or 'this model'}."
-        )
 
 
 def _few(tokens: tuple[int, ...]) -> str:

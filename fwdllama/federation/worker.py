@@ -21,6 +21,8 @@ from fwdllama.loss import bounded
 from fwdllama.oracle import LossOracle, QuadraticOracle
 from fwdllama.types import Encoded
 
+DISTANCE = 4.0  # of simulated losses' minimum from the start: a loss of 8 there
+
 Proceed = Callable[[int], bool]  # called between probes with how many are done; False: leave the task
 
 
@@ -149,19 +151,20 @@ def short(loss: float) -> float:
     return float(f"{np.float32(loss):.7g}")
 
 
-def quadratic_worker(spec: RunSpec, *, seed: int, n_examples: int = 24, spread: float = 1.0) -> OracleWorker:
+def quadratic_worker(spec: RunSpec, *, seed: int, n_examples: int = 24, spread: float = 0.5) -> OracleWorker:
     """A simulated device: a quadratic loss whose centres are around a place of the device's own, so that devices differ.
 
-    Their places lie around 1 in every coordinate, `spread` (a standard deviation) away from it; the minimum of all is their mean.
+    The places of all lie around one that is DISTANCE from where a run starts, `spread` times as far from it as that is from the start.
     """
     random = np.random.Generator(np.random.PCG64(seed))
-    own = 1.0 + spread * random.standard_normal(spec.n_params)
-    centres = own + 0.1 * random.standard_normal((n_examples, spec.n_params))
+    unit = DISTANCE / np.sqrt(spec.n_params)
+    own = unit * (1.0 + spread * random.standard_normal(spec.n_params))
+    centres = own + 0.1 * unit * random.standard_normal((n_examples, spec.n_params))
     examples = [Encoded(str(i), (i,), (0,), (0,), unit=i) for i in range(n_examples)]
     n_held_out = max(1, n_examples // 8)
     units = [(example,) for example in examples[n_held_out:]]
     batch = spec.train.batch
     n_slots = min(len(units), batch.units * batch.per_unit)
     batches = RollingBatches(units, unit_size=1, n_slots=n_slots, fresh=min(n_slots, batch.fresh), seed=seed)
-    oracle = QuadraticOracle(centres, np.full(spec.n_params, 1.0 / spec.n_params))
+    oracle = QuadraticOracle(centres, np.ones(spec.n_params))
     return OracleWorker(spec, oracle, batches, examples[:n_held_out], np.zeros(spec.n_params, np.float32))

@@ -12,23 +12,21 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from fwdllama.config import make_config
 from fwdllama.federation.client import Client
 from fwdllama.federation.identity import Identity
 from fwdllama.federation.message import Enrolled, Run, Snapshot, theta_digest
-from fwdllama.federation.spec import BaseModelReference, RoundConfig, RunSpec
+from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.store import MemoryStore, Store
+from fwdllama.federation.toy import toy_run
 from fwdllama.ledger import Entry, chained, digest, replay, restoring
 
 URL = "http://aggregator.test:8080"
-BASE = "ab" * 32
 
 
 def spec(n_params: int = 40, **changed: Any) -> RunSpec:
-    train = make_config({"budget": {"steps": 50}, "batch": {"units": 4, "per_unit": 3, "fresh": 2}, **changed.pop("train", {})})
-    base = BaseModelReference(sha256=changed.pop("base", BASE), name="made", architecture="llama")
-    usual: dict[str, Any] = {"name": "made", "eps": 0.01, "initial": "cd" * 32, "round": RoundConfig(probes=10, most=10)}
-    return RunSpec(base=base, train=train, n_params=n_params, **{**usual, **changed})
+    """A toy run of few examples, its rounds of ten probes."""
+    train = {"batch": {"units": 4, "per_unit": 3, "fresh": 2}, **changed.pop("train", {})}
+    return toy_run("made", n_params, train=train, **{"round": {"probes": 10, "most": 10}, **changed})[0]
 
 
 def entry(step: int, n: int = 3, seed: int = 0) -> Entry:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fwdllama.errors import FederationError, Stopped, Unreachable
@@ -27,13 +27,13 @@ def reached(following: Follower, archive: Archive, version: int) -> None:
 
 @st.composite
 def _histories(draw: st.DrawFn) -> tuple[list[int | None], list[int]]:
-    restores: list[int | None] = []
-    for i in range(draw(st.integers(1, 14))):
-        restores.append(draw(st.one_of(st.none(), st.integers(0, i - 1))) if i else None)
+    n = draw(st.integers(1, 14))
+    restores = [None, *(draw(st.one_of(st.none(), st.integers(0, i - 1))) for i in range(1, n))]
     stops = sorted(draw(st.lists(st.integers(0, len(restores)), min_size=1, max_size=5)))
     return restores, stops
 
 
+@settings(max_examples=50)
 @given(_histories(), st.integers(1, 5), st.one_of(st.none(), st.integers(0, 14)))
 def test_theta_of_every_version_is_that_of_the_whole_ledger_whatever_was_held_restored_or_snapshotted(
     history: tuple[list[int | None], list[int]], page: int, snapshot: int | None

@@ -16,7 +16,8 @@ from fwdllama.federation.message import CheckIn, EvaluateResult, TrainResult, Wa
 from fwdllama.federation.signature import DEVICE, NONCE, SIGNATURE, TIME, signature
 from fwdllama.federation.spool import Pending
 from fwdllama.federation.store import FolderStore, MemoryStore
-from tests.federation.made import BASE, URL, Archive, client, refusal
+from fwdllama.federation.toy import BASE
+from tests.federation.made import URL, Archive, client, refusal
 
 WAIT = b'{"wait":{"least_s":1,"most_s":2,"reason":"nothing to do"}}'
 CHECKIN = CheckIn(base=BASE, examples=3)

@@ -52,7 +52,7 @@ def test_a_folder_takes_one_process(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="file/x cannot keep a device: Not a directory. Choose another --folder."):
+    with pytest.raises(ResourceError, match=r"file/x cannot keep a device: Not a directory. Choose another --folder."):
         FolderStore(tmp_path / "file" / "x")
 
 
@@ -114,7 +114,7 @@ def test_a_damaged_identity_is_refused(name: str, data: bytes) -> None:
     store = MemoryStore()
     Identity.enrolled(store, URL, ENROLLED)
     store.write(name, data)
-    with pytest.raises(RunError, match="is damaged. Remove the device's folder and enrol again with a token"):
+    with pytest.raises(RunError, match=r"is damaged\. Remove the device's folder and enrol again with a token"):
         Identity.load(store, URL)
 
 
