@@ -34,6 +34,7 @@ TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 PAUSE = wait_random_exponential(multiplier=0.5, max=30.0)  # seconds, uniform from 0 to 0.5, 1, 2, 4 ... 30
 SKEW_WORTH_CORRECTING_S = 1.0
 MAX_BLOB_BYTES = 4 << 30
+PATIENCE_S = 30.0  # for which a request is tried again
 T = TypeVar("T")
 
 
@@ -87,12 +88,12 @@ class Client:
         http: httpx.Client,
         identity: Identity | None = None,
         *,
-        patience_s: float = 30.0,
+        patience_s: float | None = None,  # None: PATIENCE_S
         sleep: Callable[[float], bool] = slept,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.url, self.http, self.identity = checked_url(url), http, identity
-        self.patience_s, self.sleep, self.now = patience_s, sleep, now
+        self.patience_s, self.sleep, self.now = PATIENCE_S if patience_s is None else patience_s, sleep, now
         self.offset_s = 0.0  # the aggregator's clock less ours
         self.contact_s: float | None = None  # when it last answered, by our clock
         self.n_sent_bytes = 0  # bodies

@@ -61,7 +61,7 @@ class Serving:
         """What an administrator's request is answered."""
         answer = self.http.request(method, target, json=body, headers={"authorization": f"Bearer {self.context.secrets.admin}"})
         assert answer.is_success, answer.text
-        return answer.json()
+        return answer.json() if answer.content else None
 
     def create(self, name: str, n_params: int = 64, **spec: Any) -> RunSpec:
         """A run of the toy; rounds of four tasks of ten probes unless told otherwise."""

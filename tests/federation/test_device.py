@@ -22,7 +22,7 @@ from tests.federation.conftest import Made, Serving
 from tests.federation.made import Archive
 
 
-def work(*devices: Device, until: Any = lambda: False, most_s: float = 20.0) -> None:
+def work(*devices: Device, until: Any = lambda: False, most_s: float = 30.0) -> None:
     """Step devices, one thread each, until each is over or `until` holds; waits are cut short."""
 
     def one(device: Device) -> None:
@@ -108,13 +108,13 @@ def test_a_result_whose_receipt_was_lost_is_counted_once(serving: Serving, simul
 def test_a_task_left_by_a_killed_device_goes_to_another(serving: Serving, simulated: Made) -> None:
     serving.create("handed", rounds=1, round={"probes": 10, "most": 10, "probes_per_task": 10, "lease_s": 5.0})
     killed = simulated("handed")
+    work(killed, until=lambda: killed.status.n_tasks == 1)  # the score of version 0
     killed.client.check_in("handed", killed._check_in()[1])
     other = simulated("handed", seed=2)
     assert other.step() > 0
     assert other.status.reason == "all probes of round 0 are given out"
     serving.later_s = 6.0
-    work(other)
-    assert other.status.n_probes == 10
+    work(other, until=lambda: other.status.n_probes == 10)
 
 
 def test_a_result_that_comes_too_late_is_dropped_and_the_device_goes_on(serving: Serving, simulated: Made) -> None:
@@ -137,7 +137,7 @@ def test_a_paused_run_is_waited_for(serving: Serving, simulated: Made) -> None:
     serving.admin("POST", "/v1/runs/paused/pause")
     assert device.step() >= 30.0
     assert device.step() >= 30.0
-    assert [text for text in said if "paused" in text] == ["waiting: run paused is paused by the administrator"] or len(said) == 2, said
+    assert sum("paused" in text for text in said) == 1  # not said again
     serving.admin("POST", "/v1/runs/paused/resume")
     undelivered(device)
 
@@ -179,9 +179,10 @@ def test_results_that_are_found_wrong_again_and_again_end_the_device(serving: Se
     serving.create("wrong")
     said: list[str] = []
     device = simulated("wrong", hire=hire, tell=said)
+    for _ in range(5):
+        device.step()
     with pytest.raises(FederationError, match=r"refused 3 results in a row; the last because: loss.*nan"):
-        for _ in range(20):
-            device.step()
+        device.step()
     assert device.status.n_refused == 3
 
 
@@ -215,6 +216,7 @@ def test_a_device_whose_battery_falls_while_it_works_leaves_the_task(serving: Se
             (battery / "capacity").write_text("5")
 
     device = simulated("falling", guard=Guard(root=tmp_path, every_s=0.0), listener=Listener(said.append, status))
+    device.step()  # the score of version 0
     device.step()
     assert device.spool.pending() is None
     assert said[-1].startswith("left task t")
@@ -246,7 +248,7 @@ def test_once_is_one_task(serving: Serving, simulated: Made) -> None:
     device = simulated("once", once=True)
     work(device)
     assert (device.over, device.status.n_tasks) == ("one task was done", 1)
-    assert progress(serving, "once")["leased"] == 10 * device.status.n_tasks or progress(serving, "once")["n_results"] == 1
+    assert (progress(serving, "once")["n_results"], progress(serving, "once")["leased"]) == (1, 0)
 
 
 def test_a_device_goes_on_in_its_data_after_a_restart(serving: Serving, simulated: Made) -> None:
@@ -261,7 +263,7 @@ def test_a_device_goes_on_in_its_data_after_a_restart(serving: Serving, simulate
     first = simulated("place", store, hire=hire)
     work(first, until=lambda: first.status.n_tasks == 3)
     second = simulated("place", store, hire=hire)
-    undelivered(second)
+    second.step()
     assert workers[1].place != workers[0].place
     assert workers[1].place.batch * 100 + workers[1].place.group > workers[0].place.batch * 100 + workers[0].place.group
 

@@ -48,7 +48,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pairs(path: Path, n: int = 24) -> Source:
-    path.write_text("".join(json.dumps({"prompt": f"Which tree is number {i}?", "answer": f"The {'oak ash elm fir'.split()[i % 4]}."}) + "\n" for i in range(n)))
+    trees = ("oak", "ash", "elm", "fir")
+    rows = [{"prompt": f"Which tree is number {i}?", "answer": f"The {trees[i % 4]}."} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Source(path)
 
 
@@ -133,9 +135,9 @@ def test_devices_with_data_of_their_own_start_at_the_same_theta_and_space(
 def test_a_run_for_questions_of_another_form_is_refused(model: Path, source: Source, started: tuple[RunSpec, Adapter]) -> None:
     spec, adapter = started
     other = adapter_bytes(replace(adapter, invocation_tokens=(3, 4)))
-    with pytest.raises(FederationError, match="run 'tiny' asks its questions in another form: its answers begin behind the tokens 3, 4, those of"):
-        with Workplace(model, source, ENGINE).hired(spec, other):
-            pass
+    sentence = "run 'tiny' asks its questions in another form: its answers begin behind the tokens 3, 4, those of"
+    with pytest.raises(FederationError, match=sentence), Workplace(model, source, ENGINE).hired(spec, other):
+        pass
 
 
 def test_an_adapter_that_does_not_fit_model_or_run_is_refused(model: Path, source: Source, started: tuple[RunSpec, Adapter]) -> None:
@@ -159,9 +161,10 @@ def test_an_adapter_that_does_not_fit_model_or_run_is_refused(model: Path, sourc
 
 def test_one_example_cannot_take_part_because_nothing_can_be_held_out(model: Path, started: tuple[RunSpec, Adapter], tmp_path: Path) -> None:
     spec, adapter = started
-    with pytest.raises(DataError, match="nothing can be held out of a single example; at least two are needed"):
-        with Workplace(model, pairs(tmp_path / "one.jsonl", 1), ENGINE).hired(spec, adapter_bytes(adapter)):
-            pass
+    place = Workplace(model, pairs(tmp_path / "one.jsonl", 1), ENGINE)
+    sentence = "nothing can be held out of a single example; at least two are needed"
+    with pytest.raises(DataError, match=sentence), place.hired(spec, adapter_bytes(adapter)):
+        pass
 
 
 def test_the_engine_is_the_devices_own_choice(model: Path, source: Source, started: tuple[RunSpec, Adapter]) -> None:
