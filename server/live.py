@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Security
 from sqlalchemy.engine import Connection
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .administration import progress_view
-from .context import Context, context_of, refusals
+from .context import BEARER, Context, context_of, refusals
 from .schema import events, runs
 from .state import run_named
 
@@ -26,6 +26,7 @@ PAGE = 200
 @router.get(
     "/v1/events",
     tags=["administration"],
+    dependencies=[Security(BEARER)],
     response_class=Response,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **refusals(401, 404, 422, 429)},
 )

@@ -230,11 +230,11 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
     """Go back to an earlier version: an entry that says so, a new version with the old theta, and a new round.
 
     Raises:
-        Refused: 422, it is not an earlier version.
+        Refused: 409, it is not an earlier version.
     """
     row, latest = run.row, int(run.row.version)
     if not 0 <= version < latest:
-        raise Refused(422, f"version {version} is not one of 0 to {latest - 1}, those before the latest of run {row.name}.")
+        raise Refused(409, f"version {version} is not one of 0 to {latest - 1}, those before the latest of run {row.name}.")
     theta = registry.theta(connection, run.id, version)
     facts = {"run": str(row.name), "round": latest, "to": version, "n_probes": 0, "n_devices": 0}
     digest, _ = _append(connection, row, restoring(latest, version), theta, now, facts)
