@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import urlsplit
 
 import typer
 
@@ -112,7 +111,7 @@ def take_part(wanted: Wanted, place: Workplace, guard: Guard, *, as_json: bool) 
     """
     from fwdllama.cli.interrupt import Interrupt
     from fwdllama.cli.watch import Watch
-    from fwdllama.federation.client import Client, connection
+    from fwdllama.federation.client import Client, connection, unprotected
     from fwdllama.federation.device import Device, Listener, Status
     from fwdllama.federation.identity import Identity
     from fwdllama.federation.store import FolderStore, default_folder
@@ -147,9 +146,3 @@ def take_part(wanted: Wanted, place: Workplace, guard: Guard, *, as_json: bool) 
             ended = device.run()
         watch.event(ended)
         return ended
-
-
-def unprotected(url: str) -> bool:
-    """Whether requests travel in the clear beyond this machine."""
-    parts = urlsplit(url)
-    return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")

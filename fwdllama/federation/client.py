@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
@@ -45,14 +44,19 @@ def checked_url(url: str) -> str:
         UsageError: it is none.
     """
     try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL("")
+    only = parts.copy_with(path="/", query=None, fragment=None, userinfo=b"")
+    if parts.scheme not in ("http", "https") or not parts.host or parts != only:
         raise UsageError(f"{url!r} is not an aggregator's address; it looks like http://192.168.1.5:8080 or https://example.org.")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}" + (f":{port}" if port else "")
+    return str(only).rstrip("/")
+
+
+def unprotected(url: str) -> bool:
+    """Whether requests travel in the clear beyond this machine."""
+    parts = httpx.URL(url)
+    return parts.scheme == "http" and parts.host not in ("localhost", "127.0.0.1", "::1")
 
 
 def connection(ca_file: Path | None = None, *, n_connections: int = 2) -> httpx.Client:

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import filelock
 import platformdirs
@@ -21,7 +20,7 @@ from fwdllama.errors import ResourceError, RunError
 
 def default_folder(url: str) -> Path:
     """Where a device of the aggregator at `url` keeps itself unless told otherwise: one folder of the user's data for each address."""
-    name = (urlsplit(url).netloc or "aggregator").replace(":", "_")
+    name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in url.split("://")[-1])[:80]
     return Path(platformdirs.user_data_dir("fwdllama")) / "devices" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from fwdllama.errors import FederationError, Refused, Stopped, Unreachable, UsageError
-from fwdllama.federation.client import Client, checked_url, connection
+from fwdllama.federation.client import Client, checked_url, connection, unprotected
 from fwdllama.federation.message import CheckIn, EvaluateResult, TrainResult, Wait
 from fwdllama.federation.signature import DEVICE, NONCE, SIGNATURE, TIME, signature
 from fwdllama.federation.spool import Pending
@@ -150,6 +150,10 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 def test_addresses_lose_what_means_nothing() -> None:
     assert checked_url("http://Host:8080/") == "http://host:8080"
     assert checked_url("https://[::1]:1") == "https://[::1]:1"
+
+
+def test_requests_in_the_clear_beyond_this_machine_are_known() -> None:
+    assert [url for url in ("http://h", "https://h", "http://127.0.0.1:1", "http://localhost", "http://[::1]:1") if unprotected(url)] == ["http://h"]
 
 
 def test_a_file_without_certificates_is_refused(tmp_path: Any) -> None:
