@@ -47,8 +47,8 @@ def checked_url(url: str) -> str:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
         parts = httpx.URL("")
-    only = parts.copy_with(path="/", query=None, fragment=None, userinfo=b"")
-    if parts.scheme not in ("http", "https") or not parts.host or parts != only:
+    only = httpx.URL(scheme=parts.scheme, host=parts.host, port=parts.port)
+    if parts.scheme not in ("http", "https") or not parts.host or str(parts).rstrip("/") != str(only).rstrip("/"):
         raise UsageError(f"{url!r} is not an aggregator's address; it looks like http://192.168.1.5:8080 or https://example.org.")
     return str(only).rstrip("/")
 
