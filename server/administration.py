@@ -31,7 +31,7 @@ from .state import Open, change, open_round, rolled_back, run_named, say
 from .view import run_view
 
 
-def administrator(request: Request) -> None:
+async def administrator(request: Request) -> None:
     """Let only an administrator through."""
     context_of(request).administrator(request)
 

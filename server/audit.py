@@ -24,7 +24,7 @@ def record(connection: Connection, at: float, actor: str, act: str, data: Mappin
     """Add a record, in the same transaction as what it records."""
     last = connection.execute(sa.select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)).first()
     seq, previous = (last.seq + 1, last.hash) if last else (0, GENESIS)
-    text = json.dumps(data, sort_keys=True)
+    text, at = json.dumps(data, sort_keys=True), float(at)  # as the column gives it back
     hashed = record_hash(previous, seq, at, actor, act, text)
     connection.execute(audit.insert().values(seq=seq, at=at, actor=actor, act=act, data=text, hash=hashed))
 
