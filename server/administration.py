@@ -51,8 +51,8 @@ class Rollback(Section):
 class NewToken(Section):
     """An enrolment token to be made. uses: None for any number; expires_s: None for never."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)] = "devices"
-    uses: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    name: m.Label = "devices"
+    uses: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     expires_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
 
 

@@ -11,8 +11,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -34,8 +35,8 @@ def later(connection: Connection, notice: Callable[[], None]) -> None:
 class Store:
     """A database, open. `write` and `read` from any thread; `close` when done."""
 
-    def __init__(self, url: str) -> None:
-        self.url = sa.make_url(url)
+    def __init__(self, url: sa.URL) -> None:
+        self.url = url
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._writer = self._engine(writes=True)
         self._reader = self._engine(writes=False)
@@ -82,6 +83,18 @@ class Store:
         with self._reader.connect() as connection, connection.begin():
             return act(connection)
 
+    def alone(self, act: Act[T]) -> T:
+        """`act` in a write of its own, in this thread: what comes before requests are served."""
+        with self._transaction() as connection:
+            return act(connection)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with self._writer.begin() as connection:
+            if not self.is_sqlite:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+            yield connection
+
     def _work(self) -> None:
         while (first := self._waiting.get()) is not None:
             batch = [first]
@@ -105,10 +118,8 @@ class Store:
         done: list[tuple[Future[Any], Any, BaseException | None]] = []
         notices: list[Callable[[], None]] = []
         try:
-            with self._writer.begin() as connection:
+            with self._transaction() as connection:
                 notices = connection.info[_NOTICES] = []
-                if not self.is_sqlite:
-                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
                 for act, future in batch:
                     so_far = len(notices)
                     try:
