@@ -10,6 +10,7 @@ from fwdllama.errors import ResourceError, UsageError
 
 from .auth import Secrets
 from .context import Context
+from .errors import reason
 from .limits import Limits
 from .migrations import prepare
 from .store import Store
@@ -81,9 +82,3 @@ def database_url(folder: Path, database: str | None) -> sa.URL:
 def named(url: sa.URL) -> str:
     """A database as sentences name it: a file, or a URL without its password."""
     return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
-
-
-def reason(error: Exception) -> str:
-    """Why a database refused, in one line without the statement."""
-    text = str(getattr(error, "orig", None) or error)
-    return " ".join(text.split("\n")[0].split()).rstrip(".")
