@@ -51,6 +51,14 @@ def opened_store(url: sa.URL, *, migrate: bool = False) -> Store:
     return store
 
 
+def existing_store(folder: Path, database: str | None) -> Store:
+    """A database that was served before; `opened` says what is raised."""
+    url = database_url(folder, database)
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
+        raise ResourceError(f"{url.database} does not exist; is {folder} the folder of an aggregator?")
+    return opened_store(url)
+
+
 def database_url(folder: Path, database: str | None) -> sa.URL:
     """Where the database is: in the folder, unless told.
 
