@@ -65,9 +65,9 @@ def check_ledgers(connection: Connection) -> int:
     n = 0
     for run in connection.execute(sa.select(runs.c.id, runs.c.name, runs.c.spec, runs.c.head, runs.c.version)).all():
         last = RunSpec.model_validate_json(run.spec).genesis()
-        rows = connection.execute(sa.select(entries.c.number, entries.c.payload, entries.c.hash).where(entries.c.run == run.id).order_by(entries.c.number))
+        ordered = sa.select(entries.c.number, entries.c.payload, entries.c.hash).where(entries.c.run == run.id).order_by(entries.c.number)
         count = 0
-        for count, row in enumerate(rows, 1):
+        for count, row in enumerate(connection.execute(ordered), 1):
             place = f"entry {count - 1} of run {run.name}"
             if row.number != count - 1 or bytes(row.hash) != chained(last, bytes(row.payload)):
                 raise RunError(f"{place} was changed, or does not follow from the one before it.")

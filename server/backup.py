@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fwdllama.errors import ResourceError, UsageError
 from gguf_tools.output import new_file
@@ -48,12 +48,11 @@ def back_up(folder: Path, out: Path, *, with_secrets: bool, force: bool = False)
         except sqlite3.Error as error:
             raise ResourceError(f"{source}: cannot be copied: {error}.") from error
         manifest = {"kind": KIND, "made_at": time.time(), "sha256": _sha256(copy), "secrets": with_secrets}
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as archive:
-                _add(archive, MANIFEST, json.dumps(manifest).encode())
-                for name in SECRETS if with_secrets else ():
-                    _add(archive, name, (folder / name).read_bytes())
-                archive.add(copy, DATABASE, filter=_anonymous)
+        with _private(temporary) as file, tarfile.open(fileobj=file, mode="w") as archive:
+            _add(archive, MANIFEST, json.dumps(manifest).encode())
+            for name in SECRETS if with_secrets else ():
+                _add(archive, name, (folder / name).read_bytes())
+            archive.add(copy, DATABASE, filter=_anonymous)
     return manifest
 
 
@@ -66,7 +65,7 @@ def restore(file: Path, folder: Path) -> dict[str, Any]:
     target = folder / DATABASE
     if target.exists():
         raise ResourceError(f"{target} exists already; restore into a new folder.")
-    with _opened(file) as archive, contextlib.ExitStack() as undo:
+    with _opened(file) as archive:
         manifest = json.loads(_read(archive, MANIFEST, file))
         if manifest.get("kind") != KIND:
             raise ResourceError(f"{file} is no backup of an aggregator.")
@@ -76,7 +75,6 @@ def restore(file: Path, folder: Path) -> dict[str, Any]:
             if (folder / name).exists() and (folder / name).read_bytes() != data:
                 raise ResourceError(f"{folder / name} is not the one in {file}; restore into a new folder.")
         with new_file(target) as temporary:
-            undo.callback(temporary.unlink, missing_ok=True)
             source = archive.extractfile(DATABASE)
             assert source is not None
             with temporary.open("xb") as copy:
@@ -86,10 +84,14 @@ def restore(file: Path, folder: Path) -> dict[str, Any]:
                 raise ResourceError(f"{file} is damaged: its database is not what was backed up.")
             for name, data in kept.items():
                 if not (folder / name).exists():
-                    with new_file(folder / name) as secret:
-                        with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as written:
-                            written.write(data)
+                    with new_file(folder / name) as secret, _private(secret) as written:
+                        written.write(data)
     return dict(manifest)
+
+
+def _private(path: Path) -> BinaryIO:
+    """A new file that only its owner can read."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def _sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {"fwdllama": "fwdllama", "gguf_tools": "gguf_tools", "eval": "fwdllama_eval"}  # folder -> installed name
+SOURCES = {"fwdllama": "fwdllama", "gguf_tools": "gguf_tools", "eval": "fwdllama_eval", "server": "fwdllama_server"}  # folder -> installed name
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
         return frozenset(contents.namelist())
 
 
-def test_wheel_installs_three_names_and_no_other(members: frozenset[str]) -> None:
+def test_wheel_installs_four_names_and_no_other(members: frozenset[str]) -> None:
     top = {member.split("/")[0] for member in members}
     assert {name for name in top if not name.endswith(".dist-info")} == set(SOURCES.values())
 
