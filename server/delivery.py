@@ -46,6 +46,8 @@ def deliver(
             refusal = Refused(verdict.status, verdict.sentence)
             change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
     if refusal is not None:
+        if refusal.status == 422:  # its device has done with it, so that another need not wait for the lease to end
+            connection.execute(tasks.update().where(tasks.c.id == task).values(until=sa.case((tasks.c.until > now, now), else_=tasks.c.until)))
         change(connection, run.id, n_refused=runs.c.n_refused + 1)
         connection.execute(devices.update().where(devices.c.id == device).values(n_refused=devices.c.n_refused + 1))
         say(connection, run.id, "result-refused", now, {"device": device, "task": task, "status": refusal.status, "why": refusal.sentence})

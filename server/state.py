@@ -239,7 +239,8 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
     """
     row, latest = run.row, int(run.row.version)
     if not 0 <= version < latest:
-        raise Refused(422, f"version {version} is not one of 0 to {latest - 1}, those before the latest of run {row.name}.")
+        earlier = f"give one of 0 to {latest - 1}" if latest else "there is none"
+        raise Refused(422, f"version {version} is not earlier than version {latest}, at which run {row.name} is; {earlier}.")
     theta = registry.theta(connection, run.id, version)
     facts = {"run": str(row.name), "round": latest, "to": version, "n_probes": 0, "n_devices": 0}
     digest, _ = _append(connection, row, restoring(latest, version), theta, now, facts)

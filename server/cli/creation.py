@@ -132,7 +132,8 @@ def register(group: typer.Typer) -> None:
             typer.echo(json.dumps(made, indent=2))
             return
         typer.echo(made["run"])
-        typer.echo(f"run {name} is open: {spec.n_params:,} numbers, eps {spec.eps:.3g}; enrol devices with: fwdllama token create --url {url}", err=True)
+        typer.echo(f"run {name} is open: {spec.n_params:,} numbers, eps {spec.eps:.3g}", err=True)
+        typer.echo(f"enrol devices with what this says: fwdllama token create --url {url}", err=True)
 
 
 def _fields(given: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -28,10 +28,11 @@ def show(items: Sequence[Mapping[str, Any]], columns: Columns, *, as_json: bool,
 
     table = Table(box=None, pad_edge=False)
     for heading in columns:
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for item in items:
         table.add_row(*(Text(cell(of(item))) for of in columns.values()))
-    Console().print(table)
+    console = Console()
+    console.print(table, width=console.width if console.is_terminal else 1000)  # nothing is cut off in a pipe
 
 
 def cell(value: Any) -> str:

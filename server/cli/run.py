@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-
 from . import administrator as a
 from . import creation
 from .export import export_command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,10 +136,19 @@ class Aggregator:
         return Member(self.client, self.clock, answer.json()["device"], bytes.fromhex(answer.json()["key"]))
 
 
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a new aggregator, to be copied: its tables take a fifth of a second to make."""
+    folder = tmp_path_factory.mktemp("empty") / "aggregator"
+    opened(folder).store.close()
+    return folder
+
+
 @pytest.fixture
-def aggregator(tmp_path: Path) -> Iterator[Aggregator]:
+def aggregator(tmp_path: Path, empty: Path) -> Iterator[Aggregator]:
     """A new aggregator."""
     clock = Clock()
+    shutil.copytree(empty, tmp_path / "aggregator")
     context = opened(tmp_path / "aggregator", limits=Limits(newcomers_per_s=1000.0, requests_per_s=1000.0))
     context.now = clock
     with TestClient(create_app(context)) as client:

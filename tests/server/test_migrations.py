@@ -24,7 +24,8 @@ def at_revision(folder: Path, revision: str) -> Path:
     with engine.begin() as connection:
         upgrade(connection, revision)
         values = dict.fromkeys((c.name for c in runs.c if not c.nullable and c.default is None), 0)
-        connection.execute(runs.insert().values({**values, "id": "r1", "name": "old", "spec": "{}", "status": "open", "head": b"h", "theta_digest": "d"}))
+        values |= {"id": "r1", "name": "old", "spec": "{}", "status": "open", "head": b"h", "theta_digest": "d"}
+        connection.execute(runs.insert().values(values))
     engine.dispose()
     return path
 
