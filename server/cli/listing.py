@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,8 +32,7 @@ def show(items: Sequence[Mapping[str, Any]], columns: Columns, *, as_json: bool,
         table.add_column(heading, no_wrap=True)
     for item in items:
         table.add_row(*(Text(cell(of(item))) for of in columns.values()))
-    console = Console()
-    console.print(table, width=console.width if console.is_terminal else 1000)  # nothing is cut off in a pipe
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)  # nothing is cut off in a pipe
 
 
 def cell(value: Any) -> str:
