@@ -24,6 +24,8 @@ from fwdllama.federation.signature import headers
 from fwdllama.federation.toy import BASE, toy_run
 from fwdllama.ledger import Entry, read_page, replay
 
+from .commands import Served, served
+
 CENTRE = 0.5  # where the toy's loss is least, in every coordinate
 
 
@@ -142,6 +144,13 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("empty") / "aggregator"
     opened(folder).store.close()
     return folder
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An aggregator in a process of its own, for all tests that only speak to one."""
+    with served(tmp_path_factory.mktemp("serving") / "aggregator") as found:
+        yield found
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,12 @@ from gguf_tools.adapter import BASE_KEY, read_adapter
 from gguf_tools.model import file_sha256
 from gguf_tools.synth import write_tiny_llama
 
-from .commands import Served, invoked, refusal, served
+from .commands import Served, invoked, refusal
 
 
-@pytest.fixture(scope="module")
-def aggregator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("founded") / "aggregator") as found:
-        yield found
+@pytest.fixture
+def aggregator(serving: Served) -> Served:
+    return serving
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -21,11 +20,10 @@ from fwdllama.federation.toy import toy_run
 from .commands import Served, invoked, refusal, served
 
 
-@pytest.fixture(scope="module")
-def aggregator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One that serves all tests of this file."""
-    with served(tmp_path_factory.mktemp("served") / "aggregator") as found:
-        yield found
+@pytest.fixture
+def aggregator(serving: Served) -> Served:
+    """Another's runs may be in it."""
+    return serving
 
 
 def admin(aggregator: Served) -> httpx.Client:
