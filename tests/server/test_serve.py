@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -113,7 +114,7 @@ def test_wrong_key_url_or_nobody_there_is_one_sentence(aggregator: Served, tmp_p
     assert sentence.endswith("Is the aggregator running there?")
 
 
-def test_signal_ends_streams_closes_the_database_and_leaves_with_zero(tmp_path: Path) -> None:
+def test_signal_ends_streams_and_closes_the_database_and_the_next_start_goes_on_over_tls(tmp_path: Path) -> None:
     with served(tmp_path / "aggregator") as aggregator:
         create(aggregator, "toy")
         streamed: list[str] = []
@@ -132,11 +133,27 @@ def test_signal_ends_streams_closes_the_database_and_leaves_with_zero(tmp_path: 
         following.join(10)
         assert streamed[-1] == "ended"
     assert not (tmp_path / "aggregator" / "aggregator.sqlite-wal").exists()
-    with served(tmp_path / "aggregator") as again:
+    certificate, key = certified(tmp_path)
+    with served(tmp_path / "aggregator", "--tls-cert", certificate, "--tls-key", key) as again:
         assert again.facts["token"] is None  # made once
-        assert [run["spec"]["name"] for run in json.loads(invoked("run", "list", "--json", *again.connection).stdout)] == ["toy"]
+        assert again.facts["url"].startswith("https://")
+        secret = Path(again.facts["key_file"]).read_text().strip()
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        answer = httpx.get(f"{again.facts['url']}/v1/runs", headers={"authorization": f"Bearer {secret}"}, verify=trusted)
+        assert [run["spec"]["name"] for run in answer.json()] == ["toy"]
         assert again.stop(signal.SIGINT) == 0
     assert "Traceback" not in again.log.read_text()
+
+
+def certified(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that only this test trusts, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("makes a certificate with openssl")
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    return certificate, key
 
 
 def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
@@ -159,16 +176,15 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
     assert sentence("--port", 0, "--database", "nonsense") == "--database is no URL; it must be such as postgresql://user:password@host/name."
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_tls_serves_over_tls(tmp_path: Path) -> None:
-    import ssl
+def test_second_ctrl_c_does_not_wait_but_a_second_sigterm_does(tmp_path: Path) -> None:
+    from fwdllama_server.serving import Setting, server
 
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
-    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(made, check=True, capture_output=True)
-    with served(tmp_path / "aggregator", "--tls-cert", certificate, "--tls-key", key) as aggregator:
-        assert aggregator.facts["url"].startswith("https://")
-        trusted = ssl.create_default_context(cafile=str(certificate))
-        assert httpx.get(f"{aggregator.facts['url']}/health", verify=trusted).json() == {"status": "ok"}
-        assert aggregator.stop() == 0
+    setting = Setting(tmp_path / "aggregator")
+    context = setting.open()
+    told = server(setting, context)
+    told.handle_exit(signal.SIGTERM, None)
+    told.handle_exit(signal.SIGTERM, None)
+    assert (told.should_exit, told.force_exit, context.stopping) == (True, False, True)
+    told.handle_exit(signal.SIGINT, None)
+    assert told.force_exit
+    context.store.close()
