@@ -18,6 +18,7 @@ from .state import Open, open_round, slot_seeds
 ACTIVE_S = 600.0  # an evaluating device that was not seen for so long may be replaced
 CHECK_INS_PER_S = 50  # that waiting devices should cause together
 EXCHANGE_S = 0.5
+RESTING_S = 60.0  # before a device that must not work is heard of again
 
 
 def check_in(connection: Connection, registry: Registry, run: Open, device: str, checkin: CheckIn, n_active: int, now: float) -> Assignment:
@@ -38,6 +39,8 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
         return Assignment(wait=Wait(least_s=0, most_s=0, reason=f"run {row.name} is finished: {row.reason}", finished=True))
     if row.status == "paused":
         return _wait(30.0, n_active, f"run {row.name} is paused" + (f": {row.reason}" if row.reason else ""))
+    if checkin.resting:
+        return _wait(RESTING_S, n_active, "the device must not work now")
     if (version := int(row.version)) % spec.evaluation.every == 0 or run.last:
         task = _evaluation(connection, run, device, now)
         if task is not None:

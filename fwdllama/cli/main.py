@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from fwdllama import __version__
-from fwdllama.cli import answer, calibrate, demo, doctor, gguf, model, reference, train
+from fwdllama.cli import answer, calibrate, demo, doctor, gguf, join, model, reference, train
 from fwdllama.errors import FwdllamaError
 from gguf_tools.errors import FileError
 
@@ -60,7 +60,7 @@ def application(*, plugins: bool = True) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for module in (demo, train, answer, model, gguf, calibrate, doctor, reference):
+    for module in (demo, train, join, answer, model, gguf, calibrate, doctor, reference):
         module.register(app)
     if plugins:
         _load_plugins(app)

@@ -49,6 +49,7 @@ class CheckIn(Section):
     battery: Annotated[float, Field(ge=0, le=1)] | None = None
     charging: bool | None = None
     metered: bool | None = None
+    resting: bool | None = None  # true: it must not work now, and only says how it is
 
 
 class Task(Section):
