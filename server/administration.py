@@ -31,7 +31,7 @@ from .state import Open, change, open_round, rolled_back, run_named, say
 from .view import run_view
 
 
-def administrator(request: Request) -> None:
+async def administrator(request: Request) -> None:
     """Let only an administrator through."""
     context_of(request).administrator(request)
 
@@ -51,8 +51,8 @@ class Rollback(Section):
 class NewToken(Section):
     """An enrolment token to be made. uses: None for any number; expires_s: None for never."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)] = "devices"
-    uses: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    name: m.Label = "devices"
+    uses: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     expires_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
 
 
@@ -287,17 +287,16 @@ def progress_view(connection: Connection, context: Context, named: str) -> Progr
 async def create_token(request: Request, new: Annotated[NewToken, Body()]) -> Response:
     """Make an enrolment token."""
     context = context_of(request)
-    now, token, id_ = context.now(), secrets.token_urlsafe(24), f"k{secrets.token_hex(6)}"
+    return as_json(await context.store.write(lambda c: new_token(c, new, context.now())), 201)
+
+
+def new_token(connection: Connection, new: NewToken, now: float) -> Token:
+    """Make an enrolment token; only its hash is kept."""
+    token, id_ = secrets.token_urlsafe(24), f"k{secrets.token_hex(6)}"
     expires = None if new.expires_s is None else now + new.expires_s
-
-    def act(connection: Connection) -> Token:
-        connection.execute(
-            tokens.insert().values(id=id_, hash=hashed(token), name=new.name, uses_left=new.uses, expires_at=expires, created_at=now)
-        )
-        record(connection, now, ADMIN, "token-created", {"id": id_, "name": new.name, "uses": new.uses, "expires_at": expires})
-        return Token(id=id_, name=new.name, uses_left=new.uses, expires_at=expires, created_at=now, token=token)
-
-    return as_json(await context.store.write(act), 201)
+    connection.execute(tokens.insert().values(id=id_, hash=hashed(token), name=new.name, uses_left=new.uses, expires_at=expires, created_at=now))
+    record(connection, now, ADMIN, "token-created", {"id": id_, "name": new.name, "uses": new.uses, "expires_at": expires})
+    return Token(id=id_, name=new.name, uses_left=new.uses, expires_at=expires, created_at=now, token=token)
 
 
 @router.get("/tokens", response_model=list[Token], responses=refusals(401, 422, 429))

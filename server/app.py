@@ -18,8 +18,9 @@ from starlette.responses import JSONResponse
 from . import adapters, administration, devices, live
 from .context import Context
 from .delivery import tick
-from .errors import Refused
+from .errors import Refused, reason
 from .limits import BodyLimit
+from .observation import Observed
 from .schema import events
 
 log = logging.getLogger("fwdllama.server")
@@ -47,6 +48,7 @@ def create_app(context: Context) -> FastAPI:
     )
     app.state.context = context
     app.add_middleware(BodyLimit, limits=context.limits)
+    app.add_middleware(Observed, requests=context.requests)  # the last one added is the outermost
     for module in (devices, adapters, administration, live):
         app.include_router(module.router)
 
@@ -72,7 +74,7 @@ def create_app(context: Context) -> FastAPI:
 
     @app.exception_handler(sa.exc.OperationalError)
     async def _unwritten(request: Request, error: sa.exc.OperationalError) -> JSONResponse:
-        log.error("the database refused: %s", error.orig)
+        log.error("the database refused: %s", reason(error))
         return JSONResponse({"detail": "the database cannot be used at the moment; try again."}, status_code=503, headers={"retry-after": "5"})
 
     return app

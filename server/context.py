@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fwdllama.federation.signature import SIGNATURE
 from .auth import Secrets, Signature, admit, bearer, is_admin, verified
 from .errors import Refused
 from .limits import Bucket, Limits
+from .metrics import Requests
 from .registry import Registry
 from .schema import devices
 from .store import Store
@@ -48,8 +50,10 @@ class Context:
     secrets: Secrets
     limits: Limits = field(default_factory=Limits)
     model_server: str | None = None
+    public_metrics: bool = False
     now: Callable[[], float] = time.time
     registry: Registry = field(default_factory=Registry)
+    requests: Requests = field(default_factory=Requests)
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -104,6 +108,16 @@ class Context:
             self.administrator(request)
             return await self.store.read(act)
         return await self.signed(request, lambda connection, device: act(connection))
+
+
+def is_local(request: Request) -> bool:
+    """Whether a request comes from this machine, and was not passed on by a proxy on it."""
+    if {"forwarded", "x-forwarded-for"} & set(request.headers):
+        return False
+    try:
+        return ipaddress.ip_address(address(request)).is_loopback
+    except ValueError:
+        return False
 
 
 def address(request: Request) -> str:

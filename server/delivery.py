@@ -35,7 +35,7 @@ def deliver(
     if row.counted is not None:
         return Receipt(duplicate=True) if row.result == text else Refused(409, f"another result of task {task} was accepted before.")
     n_seeds = run.spec.round.probes_per_task
-    refusal = _refusal(run, row, result, n_seeds)
+    refusal = _refusal(connection, run, row, result, n_seeds)
     if refusal is None and isinstance(result, TrainResult):
         current = open_round(connection, run)
         lease = Lease(row.id, row.version, row.slot, row.device, row.leased_at, row.until)
@@ -68,7 +68,14 @@ def deliver(
     return Receipt()
 
 
-def _refusal(run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_seeds: int) -> Refused | None:
+def _digest(connection: Connection, run: Open, version: int) -> str:
+    if version == int(run.row.version):
+        return str(run.row.theta_digest)
+    where = (versions.c.run == run.id) & (versions.c.version == version)
+    return str(connection.execute(sa.select(versions.c.theta_digest).where(where)).scalar_one())
+
+
+def _refusal(connection: Connection, run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_seeds: int) -> Refused | None:
     if run.row.status == "finished":
         return Refused(410, f"late: run {run.row.name} is finished.")
     if result.kind != row.kind:
@@ -78,8 +85,8 @@ def _refusal(run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_s
     else:
         most = run.spec.aggregation.max_loss
         wrong = None if 0.0 <= result.loss <= most else f"loss is {result.loss!r}, but must be between 0 and {most:g} nats."
-    if wrong is None and row.version == int(run.row.version) and result.theta_digest != run.row.theta_digest:
-        wrong = f"the result was computed at {result.theta_digest[:12]}, but version {row.version} is {run.row.theta_digest[:12]}."
+    if wrong is None and row.version >= 0 and result.theta_digest != (digest := _digest(connection, run, row.version)):
+        wrong = f"the result was computed at {result.theta_digest[:12]}, but version {row.version} is {digest[:12]}."
     return None if wrong is None else Refused(422, wrong)
 
 
@@ -127,7 +134,10 @@ def _judge(connection: Connection, run: Open, version: int) -> None:
         .order_by(versions.c.version)
     ).all()
     best = min(scored, key=lambda x: x.held_out_loss)
-    since = sum(1 for x in scored if x.version > best.version)
+    # Versions that a roll-back took back say nothing about what was learned since; the entry that restores has no probes.
+    back = sa.select(sa.func.max(versions.c.version)).where(versions.c.run == run.id, versions.c.version > 0, versions.c.n_probes == 0)
+    since_version = max(best.version, connection.execute(back).scalar_one() or 0)
+    since = sum(1 for x in scored if x.version > since_version)
     change(connection, run.id, best_version=best.version, best_loss=best.held_out_loss, since_best=since)
 
 

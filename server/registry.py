@@ -32,6 +32,7 @@ class Held:
     """Theta of a version, and the change that led to it (None: not known here)."""
 
     version: int
+    digest: str  # of theta
     theta: NDArray[np.float32]
     update: NDArray[np.float32] | None
 
@@ -64,13 +65,18 @@ class Registry:
             return self._origins[run]
 
     def held(self, connection: Connection, run: str, version: int) -> Held:
-        """Theta of the newest version, kept for the next call."""
+        """Theta of the newest version, kept for the next call.
+
+        What is kept may be of a commit that failed, after which another worker closed the round with other results: its digest tells.
+        """
         with self._lock:
             held = self._held.get(run)
-        if held is None or held.version != version:
+        at = (versions.c.run == run) & (versions.c.version == version)
+        digest = str(connection.execute(sa.select(versions.c.theta_digest).where(at)).scalar_one())
+        if held is None or (held.version, held.digest) != (version, digest):
             theta = self.theta(connection, run, version)
             before = self.theta(connection, run, version - 1) if version else None
-            held = Held(version, theta, None if before is None else before - theta)
+            held = Held(version, digest, theta, None if before is None else before - theta)
             self.keep(run, held)
         return held
 

@@ -1,4 +1,4 @@
-"""The tables. What cannot be derived is stored once; nothing secret is stored at all, tokens and keys only as hashes.
+"""The tables, as `migrations` leaves them. What cannot be derived is stored once; nothing secret is stored at all, tokens and keys only as hashes.
 
 Times are seconds since 1970 as floats; hashes are bytes; JSON columns are text, so that both databases hold the same bytes.
 """
@@ -140,6 +140,7 @@ events = Table(
     Column("kind", String(32), nullable=False),
     Column("at", Float, nullable=False),
     Column("data", Text, nullable=False),
+    Index("ix_events_run_id", "run", "id"),
 )
 
 audit = Table(

@@ -6,6 +6,7 @@ Every function here runs inside one transaction and takes the time as an argumen
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from .errors import Refused
 from .registry import SNAPSHOT_EVERY, Held, Registry, add_version, store_snapshot
 from .rounds import Lease, Round
 from .schema import devices, entries, events, runs, tasks
+from .store import later
+
+log = logging.getLogger("fwdllama.server.events")
 
 LEASE_COLUMNS = (
     tasks.c.id,
@@ -82,6 +86,7 @@ def run_named(connection: Connection, registry: Registry, named: str) -> Open:
 def say(connection: Connection, run: str | None, kind: str, at: float, data: Mapping[str, Any]) -> None:
     """Add an event, for whoever watches."""
     connection.execute(events.insert().values(run=run, kind=kind, at=at, data=json.dumps(data)))
+    later(connection, lambda: log.info(kind, extra={"facts": dict(data)}))
 
 
 def change(connection: Connection, run: str, **values: Any) -> None:
@@ -170,7 +175,7 @@ def close(connection: Connection, registry: Registry, run: Open, current: Round,
     )
     if version % SNAPSHOT_EVERY == 0:
         store_snapshot(connection, run.id, version, theta, public=spec.public)
-    registry.keep(run.id, Held(version, theta, held.theta - theta))
+    registry.keep(run.id, Held(version, digest, theta, held.theta - theta))
     record(connection, now, "round", "round-closed", {"run": row.name, "round": current.number, "ledger": hashed.hex()})
 
 
@@ -255,4 +260,4 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
     # Results computed elsewhere than at this theta must not count, however stale results may be.
     connection.execute(tasks.update().where(tasks.c.id.in_([x.task for x in current.leases])).values(version=-1))
     store_snapshot(connection, run.id, latest + 1, theta, public=run.spec.public)
-    registry.keep(run.id, Held(latest + 1, theta, None))
+    registry.keep(run.id, Held(latest + 1, digest, theta, None))

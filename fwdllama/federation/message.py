@@ -19,6 +19,7 @@ from fwdllama.federation.spec import RunSpec, Sha256
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")]  # PostgreSQL stores no NUL, terminals obey the others
 Loss = Annotated[float, Field(allow_inf_nan=True)]  # judged by the aggregator, which says which one is wrong
 
 
@@ -30,7 +31,7 @@ def theta_digest(theta: NDArray[np.float32]) -> str:
 class Enrolment(Section):
     """A device introduces itself; the enrolment token is in the Authorization header."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Label
 
 
 class Enrolled(Section):

@@ -1,0 +1,147 @@
+"""One process that serves the aggregator on a socket, until it is told to stop.
+
+The first signal lets running requests finish, ends event streams and closes the database; Ctrl-C a second time does not wait for them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+import ssl
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from fwdllama.errors import ResourceError, UsageError
+
+from . import journal
+from .app import create_app
+from .context import Context
+from .limits import Limits
+from .opening import opened
+
+GRACE_S = 30.0  # for running requests, after which they are cut off
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an aggregator is served. `proxies`: addresses whose X-Forwarded-For is believed, None for no proxy."""
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 8470
+    database: str | None = None
+    tls: tuple[Path, Path] | None = None  # certificate chain, key
+    proxies: str | None = None
+    insecure: bool = False
+    model_server: str | None = None
+    public_metrics: bool = False
+    limits: Limits = field(default_factory=Limits)
+    log_format: journal.Format = "text"
+
+    def url(self, port: int) -> str:
+        """Where this machine reaches it."""
+        host = self.host if self.host not in ("0.0.0.0", "::") else socket.gethostname()
+        return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def open(self, *, migrate: bool = False) -> Context:
+        """The aggregator; `opened` says what is raised."""
+        context = opened(
+            self.folder, database=self.database, limits=self.limits, model_server=self.model_server, migrate=migrate
+        )
+        context.public_metrics = self.public_metrics
+        return context
+
+
+class Server(uvicorn.Server):
+    """Ends event streams when asked to stop, and leaves with exit code 0 then."""
+
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+        super().__init__(config)
+        self.context = context
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; at once, where Ctrl-C is pressed again."""
+        self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+        self.context.stopping = self.should_exit = True
+
+
+def bound(setting: Setting) -> socket.socket:
+    """The socket to serve on.
+
+    Raises:
+        UsageError: the address is not of this machine, or open to others without TLS and without having been told.
+        ResourceError: it is in use, or not ours to take.
+    """
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(setting.host, setting.port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise UsageError(f"--host {setting.host} is no address of this machine ({error.strerror}).") from error
+    local = ipaddress.ip_address(address[0]).is_loopback
+    if not (local or setting.tls or setting.insecure or setting.proxies is not None):
+        raise UsageError(
+            f"--host {setting.host} can be reached by others, who could read keys on their way: give --tls-cert and --tls-key, "
+            "--behind-proxy where a proxy does that, or --insecure."
+        )
+    made = socket.socket(family, kind, number)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(2048)  # here, so that a port that is in use is told before anything is made
+    except OSError as error:
+        made.close()
+        if isinstance(error, PermissionError):
+            raise ResourceError(f"port {setting.port} needs rights that this user does not have; give one above 1023 with --port.") from error
+        raise ResourceError(
+            f"port {setting.port} of {setting.host} cannot be taken ({error.strerror}); give another with --port."
+        ) from error
+    made.set_inheritable(True)
+    return made
+
+
+def check_tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    """Both files of a certificate, found to belong together; None where neither is given.
+
+    Raises:
+        UsageError: one of them is missing, or they are unfit.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise UsageError("--tls-cert and --tls-key belong together; give both.")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        why = getattr(error, "reason", None) or error.strerror
+        raise UsageError(f"--tls-cert {certificate} and --tls-key {key} cannot be used: {why}.") from error
+    return certificate, key
+
+
+def serve(setting: Setting, context: Context, listening: socket.socket) -> None:
+    """Serve until a signal comes; closes the database."""
+    journal.set_up(setting.log_format, sys.stderr)
+    try:
+        server(setting, context).run(sockets=[listening])
+    finally:
+        context.store.close()
+
+
+def server(setting: Setting, context: Context) -> Server:
+    """The web server, to be run."""
+    config = uvicorn.Config(
+        create_app(context),
+        log_config=None,
+        access_log=False,  # `observation` writes it
+        server_header=False,
+        proxy_headers=setting.proxies is not None,
+        forwarded_allow_ips=setting.proxies,
+        ssl_certfile=setting.tls and setting.tls[0],
+        ssl_keyfile=setting.tls and setting.tls[1],
+        timeout_graceful_shutdown=round(GRACE_S),
+        ws="none",
+    )
+    return Server(config, context)
