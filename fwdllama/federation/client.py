@@ -47,10 +47,10 @@ def checked_url(url: str) -> str:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
         parts = httpx.URL("")
-    only = parts.copy_with(path="/", query=None, fragment=None, userinfo=b"")
-    if parts.scheme not in ("http", "https") or not parts.host or parts != only:
+    more = parts.path.strip("/") or parts.query or parts.fragment or parts.userinfo
+    if parts.scheme not in ("http", "https") or not parts.host or more:
         raise UsageError(f"{url!r} is not an aggregator's address; it looks like http://192.168.1.5:8080 or https://example.org.")
-    return str(only).rstrip("/")
+    return f"{parts.scheme}://{parts.netloc.decode('ascii')}"
 
 
 def unprotected(url: str) -> bool:
