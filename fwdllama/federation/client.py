@@ -47,8 +47,13 @@ def checked_url(url: str) -> str:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
         parts = httpx.URL("")
+<<<<<<< HEAD
     more = parts.path.strip("/") or parts.query or parts.fragment or parts.userinfo
     if parts.scheme not in ("http", "https") or not parts.host or more:
+=======
+    only = httpx.URL(scheme=parts.scheme, host=parts.host, port=parts.port)
+    if parts.scheme not in ("http", "https") or not parts.host or str(parts).rstrip("/") != str(only).rstrip("/"):
+>>>>>>> device
         raise UsageError(f"{url!r} is not an aggregator's address; it looks like http://192.168.1.5:8080 or https://example.org.")
     return f"{parts.scheme}://{parts.netloc.decode('ascii')}"
 
