@@ -10,73 +10,28 @@ from __future__ import annotations
 import email.utils
 import hashlib
 import json
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from fwdllama import __version__
-from fwdllama.errors import FederationError, Refused, ResourceError, Stopped, Unreachable, UsageError
+from fwdllama.errors import FederationError, Refused, Stopped, Unreachable, UsageError
+from fwdllama.federation.connection import checked_url
 from fwdllama.federation.identity import Identity
 from fwdllama.federation.message import Assignment, CheckIn, Delivery, Enrolled, Enrolment, Receipt, Run
 from fwdllama.federation.signature import TIME
 from fwdllama.federation.spool import Pending
 from fwdllama.federation.store import Store
 
-TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 PAUSE = wait_random_exponential(multiplier=0.5, max=30.0)  # seconds, uniform from 0 to 0.5, 1, 2, 4 ... 30
 SKEW_WORTH_CORRECTING_S = 1.0
 MAX_BLOB_BYTES = 4 << 30
 PATIENCE_S = 30.0  # for which a request is tried again
 T = TypeVar("T")
-
-
-def checked_url(url: str) -> str:
-    """The address of an aggregator without a trailing slash.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        parts = httpx.URL(url)
-    except httpx.InvalidURL:
-        parts = httpx.URL("")
-<<<<<<< HEAD
-    more = parts.path.strip("/") or parts.query or parts.fragment or parts.userinfo
-    if parts.scheme not in ("http", "https") or not parts.host or more:
-=======
-    only = httpx.URL(scheme=parts.scheme, host=parts.host, port=parts.port)
-    if parts.scheme not in ("http", "https") or not parts.host or str(parts).rstrip("/") != str(only).rstrip("/"):
->>>>>>> device
-        raise UsageError(f"{url!r} is not an aggregator's address; it looks like http://192.168.1.5:8080 or https://example.org.")
-    return f"{parts.scheme}://{parts.netloc.decode('ascii')}"
-
-
-def unprotected(url: str) -> bool:
-    """Whether requests travel in the clear beyond this machine."""
-    parts = httpx.URL(url)
-    return parts.scheme == "http" and parts.host not in ("localhost", "127.0.0.1", "::1")
-
-
-def connection(ca_file: Path | None = None, *, n_connections: int = 2) -> httpx.Client:
-    """What requests travel through; simulated devices share one.
-
-    Raises:
-        UsageError: `ca_file` holds no certificates.
-    """
-    try:
-        verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=str(ca_file)) if ca_file else True
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"{ca_file}: no certificates can be read from it ({error}); --ca-file takes a PEM file.") from error
-    limits = httpx.Limits(max_connections=n_connections, max_keepalive_connections=n_connections)
-    headers = {"user-agent": f"fwdllama/{__version__}", "accept-encoding": "identity"}
-    return httpx.Client(timeout=TIMEOUT, verify=verify, limits=limits, headers=headers)
 
 
 def slept(seconds: float) -> bool:
@@ -307,19 +262,3 @@ def _detail(answer: httpx.Response) -> str | None:
     except (ValueError, KeyError, TypeError, httpx.TransportError):
         return None
     return detail if isinstance(detail, str) else None
-
-
-def read_token(path: Path) -> str:
-    """The enrolment token in a file.
-
-    Raises:
-        ResourceError: it cannot be read.
-        UsageError: it is empty.
-    """
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResourceError(f"{path}: the enrolment token cannot be read ({error}).") from error
-    if not token:
-        raise UsageError(f"{path} is empty, but should hold an enrolment token.")
-    return token
