@@ -71,7 +71,7 @@ def register(app: typer.Typer) -> None:
 
         Ctrl-C stops, and the same command goes on. A lost network, sleep and restarts cost at most the task in progress.
         """
-        from fwdllama.federation.client import checked_url, read_token
+        from fwdllama.federation.connection import checked_url, read_token
         from fwdllama.federation.guard import Guard
         from fwdllama.federation.work import Workplace
         from fwdllama.models import resolve
@@ -111,7 +111,8 @@ def take_part(wanted: Wanted, place: Workplace, guard: Guard, *, as_json: bool) 
     """
     from fwdllama.cli.interrupt import Interrupt
     from fwdllama.cli.watch import Watch
-    from fwdllama.federation.client import Client, connection, unprotected
+    from fwdllama.federation.client import Client
+    from fwdllama.federation.connection import connection, unprotected
     from fwdllama.federation.device import Device, Listener, Status
     from fwdllama.federation.identity import Identity
     from fwdllama.federation.store import FolderStore, default_folder

@@ -155,7 +155,9 @@ class Device:
         if pending is None:
             assignment = self.client.check_in(self._run.run, checkin)
         else:
-            delivered = self._deliver(pending, None if refusal or self.once else checkin)
+            # What comes with the receipt is of the result's run, which need not be the one that the device is for now.
+            alone = refusal is not None or self.once or pending.run != self._run.run
+            delivered = self._deliver(pending, None if alone else checkin)
             if self.over is not None or delivered is None:
                 return 0.0
             assignment = delivered
@@ -237,7 +239,7 @@ class Device:
             why = "stopping" if self.listener.stop() else watch() or "no held-out example fits the context"
             self._say(f"left task {task.task} to others: {why}")
             return
-        self.spool.put(Pending(task.task, result))
+        self.spool.put(Pending(task.run, task.task, result))
         self.store.write(self._place_name, json.dumps([worker.place.batch, worker.place.group]).encode())
 
     def _hired(self) -> tuple[Worker, Follower]:

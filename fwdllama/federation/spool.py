@@ -17,8 +17,9 @@ _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 @dataclass(frozen=True)
 class Pending:
-    """A result and the task that it answers."""
+    """A result, and the task of which run it answers."""
 
+    run: str
     task: str
     result: Result
 
@@ -31,7 +32,7 @@ class Spool:
 
     def put(self, pending: Pending) -> None:
         """Keep a result; on return it survives a crash."""
-        held = {"task": pending.task, "result": pending.result.model_dump(mode="python")}
+        held = {"run": pending.run, "task": pending.task, "result": pending.result.model_dump(mode="python")}
         self.store.write(_NAME, json.dumps(held).encode())
 
     def pending(self) -> Pending | None:
@@ -41,7 +42,7 @@ class Spool:
             return None
         try:
             held = json.loads(data)
-            return Pending(str(held["task"]), _RESULT.validate_python(held["result"]))
+            return Pending(str(held["run"]), str(held["task"]), _RESULT.validate_python(held["result"]))
         except (ValueError, KeyError, TypeError, ValidationError):
             self.store.remove(_NAME)
             return None

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fwdllama.federation.client import Client, connection
+from fwdllama.federation.client import Client
+from fwdllama.federation.connection import connection
 from fwdllama.federation.device import Device, Listener
 from fwdllama.federation.guard import Guard
 from fwdllama.federation.identity import Identity

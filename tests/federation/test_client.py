@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from fwdllama.errors import FederationError, Refused, Stopped, Unreachable, UsageError
-from fwdllama.federation.client import Client, checked_url, connection, unprotected
+from fwdllama.federation.client import Client
+from fwdllama.federation.connection import checked_url, connection, unprotected
 from fwdllama.federation.message import CheckIn, EvaluateResult, TrainResult, Wait
 from fwdllama.federation.signature import DEVICE, NONCE, SIGNATURE, TIME, signature
 from fwdllama.federation.spool import Pending
@@ -265,7 +266,7 @@ def test_an_upload_costs_at_most_32_bytes_a_probe_and_1_kb_with_headers() -> Non
     http.close()
     asking = client(script)
     asking.http.headers = http.headers
-    asking.deliver(Pending("t" * 22, result), checkin)
+    asking.deliver(Pending("r1", "t" * 22, result), checkin)
     (request,) = script.requests
     head = len(f"PUT {request.url.raw_path.decode()} HTTP/1.1\r\n") + sum(len(k) + len(v) + 4 for k, v in request.headers.raw) + 2
     assert len(request.content) / 20 <= 32
@@ -274,7 +275,7 @@ def test_an_upload_costs_at_most_32_bytes_a_probe_and_1_kb_with_headers() -> Non
 
 def test_losses_that_are_no_number_travel_as_what_they_are() -> None:
     script = Script(httpx.Response(200, json={}))
-    client(script).deliver(Pending("t1", EvaluateResult(theta_digest="ab" * 32, loss=float("nan"), n_examples=1, n_tokens=1)), None)
+    client(script).deliver(Pending("r1", "t1", EvaluateResult(theta_digest="ab" * 32, loss=float("nan"), n_examples=1, n_tokens=1)), None)
     assert b'"loss":NaN' in script.requests[0].content
 
 

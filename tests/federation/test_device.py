@@ -243,6 +243,24 @@ def test_waiting_for_the_network_stops_when_asked(serving: Serving, simulated: M
     assert device.run() == "stopped"
 
 
+def test_a_result_of_another_run_is_delivered_before_the_device_works_for_the_new_one(serving: Serving, simulated: Made) -> None:
+    serving.create("former")
+    serving.create("latter")
+    store = MemoryStore()
+    undelivered(simulated("former", store))
+    device = simulated("latter", store)
+    pending = undelivered_after_delivery(device)
+    assert progress(serving, "former")["n_results"] == 1
+    assert pending.run == serving.admin("GET", "/v1/runs/latter")["run"]
+
+
+def undelivered_after_delivery(device: Device) -> Pending:
+    """Step until the first result was taken, and then until there is another."""
+    while device.status.n_tasks == 0:
+        device.step()
+    return undelivered(device)
+
+
 def test_once_is_one_task(serving: Serving, simulated: Made) -> None:
     serving.create("once")
     device = simulated("once", once=True)

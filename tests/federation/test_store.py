@@ -127,13 +127,16 @@ def test_a_damaged_identity_is_refused(name: str, data: bytes) -> None:
 )
 def test_a_result_is_kept_until_it_is_cleared(result: TrainResult | EvaluateResult) -> None:
     store = MemoryStore()
-    Spool(store).put(Pending("t1", result))
-    assert Spool(store).pending() == Pending("t1", result)
+    Spool(store).put(Pending("r1", "t1", result))
+    assert Spool(store).pending() == Pending("r1", "t1", result)
     Spool(store).clear()
     assert Spool(store).pending() is None
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"task": "t"}', json.dumps({"task": "t", "result": {"kind": "train"}}).encode()])
+HALF = json.dumps({"run": "r", "task": "t", "result": {"kind": "train"}}).encode()
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"run": "r", "task": "t"}', HALF])
 def test_a_damaged_result_is_as_good_as_none(data: bytes) -> None:
     store = MemoryStore()
     store.write("result.json", data)
