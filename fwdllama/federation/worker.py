@@ -81,7 +81,8 @@ class OracleWorker:
         rows = self._load(place.batch)
         every = grouped([None] * len(self.held_out) + rows, estimator.examples_per_probe, place.batch)
         n_groups = min(len(every), max(1, len(task.seeds) // estimator.rounds))
-        groups = [every[(place.group + i) % len(every)] for i in range(n_groups)]
+        order = spread(len(every), n_groups)
+        groups = [every[order[(place.group + i) % len(every)]] for i in range(n_groups)]
         members = sorted(row for group in groups for row in group)
         self.oracle.write(theta)
         losses = np.full(len(self.held_out) + len(rows), np.nan)
@@ -130,6 +131,19 @@ class OracleWorker:
             self.oracle.load([*(self.held_out if watched else [None] * len(self.held_out)), *rows])
             self._loaded = (batch, watched)
         return rows
+
+
+def spread(n: int, at_once: int) -> list[int]:
+    """Range(n) in an order in which neighbours, `at_once` of them, lie far apart.
+
+    The rows of a batch are sorted by the length of their answers; a round whose tasks all took neighbouring groups would see short answers only,
+    the next one long ones, and losses that differ twofold.
+
+    >>> spread(10, 2)
+    [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]
+    """
+    stride = -(-n // at_once)
+    return [i for first in range(stride) for i in range(first, n, stride)]
 
 
 def _advanced(place: Place, n_used: int, n_groups: int) -> Place:

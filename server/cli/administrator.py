@@ -78,6 +78,19 @@ class Administrator:
         except ValueError:
             raise RunError(f"{self.client.base_url} answered {method} {path} with something else than JSON; is it an aggregator?") from None
 
+    def octets(self, path: str) -> bytes:
+        """The answer as it is.
+
+        Raises:
+            RunError: refused, with the aggregator's own sentence, or not to be reached.
+        """
+        try:
+            answer = self.client.get(path)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        self._check(answer)
+        return answer.content
+
     def pages(self, path: str, cursor: str, next_: str, size: int = 1000) -> Iterator[Any]:
         """The items of a list that comes in pages: parameter `cursor` names the place, an item's field `next_` the place it is at."""
         at: Any = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -77,6 +78,24 @@ def register(app: typer.Typer) -> None:
         with a.administrator(url, key_file) as admin:
             changed = admin.ask("POST", f"/v1/runs/{a.name(run)}/rollback", json={"version": version})
         _told(changed, as_json)
+
+    @group.command("verify")
+    def verify_command(
+        run: Name,
+        version: Annotated[int | None, typer.Option(min=0, help="Version to make again. Default: the latest.")] = None,
+        url: a.Url = a.DEFAULT_URL,
+        key_file: a.KeyFile = None,
+        as_json: a.Json = False,
+    ) -> None:
+        """Replay a run's ledger on this machine, and compare with what the aggregator serves."""
+        from .replay import replayed
+
+        with a.administrator(url, key_file) as admin:
+            found = replayed(admin, run, version)
+        if as_json:
+            typer.echo(json.dumps(asdict(found), indent=2))
+        else:
+            typer.echo(f"version {found.version} is the replay of {found.n_entries} entries, {found.n_probes:,} probes: theta {found.theta_digest}")
 
     group.command("export")(export_command)
     app.add_typer(group, name="run")
