@@ -218,8 +218,9 @@ def conclude(stage: Stage, played: Played, eval_limit: int | None, *, as_json: b
     console.print(table(found))
     best = next((v["held_out_loss"] for v in played.versions if v["version"] == played.version), None)
     scored = "" if best is None else f", held-out loss {number(best)} on the devices"
+    trained = f"{len(played.rounds)} rounds, {n_probes:,} probes by {N_DEVICES} devices, {clock(played.elapsed_s)}; version {played.version}{scored}"
     for name, text in (
-        ("trained", f"{len(played.rounds)} rounds, {n_probes:,} probes by {N_DEVICES} devices, {clock(played.elapsed_s)}; version {played.version}{scored}"),
+        ("trained", trained),
         ("adapter", f"{adapter.path} ({size(adapter.size_bytes)}, scope {adapter.scope})"),
         ("report", str(stage.folder / REPORT)),
     ):
