@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Body, Depends, Path, Query, Request
+from fastapi import APIRouter, Body, Depends, Path, Query, Request, Security
 from pydantic import Field
 from sqlalchemy.engine import Connection
 from starlette.responses import Response
@@ -20,7 +20,7 @@ from fwdllama.federation.spec import RunSpec
 from .aggregate import wanted
 from .audit import record
 from .auth import ADMIN, hashed
-from .context import Context, as_json, context_of, refusals
+from .context import BEARER, Context, as_json, context_of, refusals
 from .delivery import finish
 from .devices import RunName
 from .errors import Refused
@@ -36,7 +36,7 @@ async def administrator(request: Request) -> None:
     context_of(request).administrator(request)
 
 
-router = APIRouter(prefix="/v1", tags=["administration"], dependencies=[Depends(administrator)])
+router = APIRouter(prefix="/v1", tags=["administration"], dependencies=[Security(BEARER), Depends(administrator)])
 Limit = Annotated[int, Query(ge=1, le=1000)]
 From = Annotated[int, Query(alias="from", ge=0, lt=1 << 31)]
 Name = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -146,7 +146,7 @@ async def create_run(request: Request, spec: Annotated[RunSpec, Body()]) -> Resp
             raise Refused(409, f"there is a run {spec.name!r} already.")
         data = connection.execute(sa.select(blobs.c.data).where(blobs.c.sha256 == spec.initial)).scalar_one_or_none()
         if data is None:
-            raise Refused(422, f"the initial adapter {spec.initial} is not here; upload it as a blob first.")
+            raise Refused(409, f"the initial adapter {spec.initial} is not here; upload it as a blob first.")
         origin = checked_origin(spec, data)
         if spec.public:
             store_blob(connection, data, public=True)

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel
 from sqlalchemy.engine import Connection
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fwdllama.federation.message import Problem
+from fwdllama.federation.signature import SIGNATURE
 
 from .auth import Secrets, Signature, admit, bearer, is_admin, verified
 from .errors import Refused
@@ -26,6 +29,12 @@ from .store import Store
 
 T = TypeVar("T")
 ACTIVE_S = 300.0
+
+
+# For the OpenAPI document only: who is asking is checked by the routes themselves, with a sentence.
+BEARER = HTTPBearer(auto_error=False, description="An administrator's key; to enrol, an enrolment token.")
+SIGNED = APIKeyHeader(name=SIGNATURE, auto_error=False, description="A device's signature, with three more headers: docs/protocol.md, 2.")
+MEMBERS = [Security(BEARER), Security(SIGNED)]
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

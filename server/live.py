@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Security
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.engine import Connection
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .administration import progress_view
-from .context import ACTIVE_S, Context, context_of, is_local, refusals
+from .context import ACTIVE_S, BEARER, Context, context_of, is_local, refusals
 from .metrics import standing
 from .schema import events, runs
 from .state import run_named
@@ -28,6 +28,7 @@ PAGE = 200
 @router.get(
     "/v1/events",
     tags=["administration"],
+    dependencies=[Security(BEARER)],
     response_class=Response,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **refusals(401, 404, 422, 429)},
 )

@@ -187,12 +187,12 @@ def checked_origin(spec: RunSpec, initial: bytes) -> Origin:
     """`origin_of`, refused as a request is.
 
     Raises:
-        Refused: 422, the initial adapter does not fit the run.
+        Refused: 409, the initial adapter does not fit the run.
     """
     try:
         return origin_of(spec, initial)
     except FwdllamaError as error:
-        raise Refused(422, str(error)) from error
+        raise Refused(409, str(error)) from error
 
 
 def add_version(connection: Connection, run: str, version: int, **values: object) -> None:

@@ -235,12 +235,12 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
     """Go back to an earlier version: an entry that says so, a new version with the old theta, and a new round.
 
     Raises:
-        Refused: 422, it is not an earlier version.
+        Refused: 409, it is not an earlier version.
     """
     row, latest = run.row, int(run.row.version)
     if not 0 <= version < latest:
         earlier = f"give one of 0 to {latest - 1}" if latest else "there is none"
-        raise Refused(422, f"version {version} is not earlier than version {latest}, at which run {row.name} is; {earlier}.")
+        raise Refused(409, f"version {version} is not earlier than version {latest}, at which run {row.name} is; {earlier}.")
     theta = registry.theta(connection, run.id, version)
     facts = {"run": str(row.name), "round": latest, "to": version, "n_probes": 0, "n_devices": 0}
     digest, _ = _append(connection, row, restoring(latest, version), theta, now, facts)

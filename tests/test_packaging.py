@@ -47,6 +47,7 @@ def test_bundled_data_templates_and_type_marker_are_in_the_wheel(members: frozen
     assert "fwdllama/py.typed" in members
     assert any(member.startswith("fwdllama/bundled/") and member.endswith(".json") for member in members)
     assert any(member.startswith("fwdllama/templates/") and member.endswith(".html") for member in members)
+    assert {f"fwdllama_server/dashboard/{name}" for name in ("page.html", "style.css", "main.js", "icon.svg")} <= members
     assert any(member.endswith(".dist-info/licenses/LICENSE") for member in members)
 
 

@@ -7,7 +7,7 @@ times larger than what that rounds away.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,12 @@ class Assignment(Section):
     wait: Wait | None = None
 
 
-class TrainResult(Section):
+def _with_kind(schema: dict[str, Any]) -> None:
+    """A default serves Python; on the wire a result must say what it is."""
+    schema["required"].append("kind")
+
+
+class TrainResult(Section, json_schema_extra=_with_kind):
     """Losses of a task's seeds, in their order. Seed i was evaluated on the device's group i % len(examples).
 
     plus: mean (bounded) loss of the group at theta + eps z. minus: at theta - eps z, one for every seed (two-sided), or at theta, one for every
@@ -96,7 +101,7 @@ class TrainResult(Section):
     n_tokens: Count
 
 
-class EvaluateResult(Section):
+class EvaluateResult(Section, json_schema_extra=_with_kind):
     """Mean loss of the device's held-out examples at a version."""
 
     kind: Literal["evaluate"] = "evaluate"

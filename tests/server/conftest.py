@@ -11,9 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fastapi", reason="the aggregator is in the extra `server`")
-
 from fwdllama_server.app import create_app
 from fwdllama_server.context import Context
 from fwdllama_server.limits import Limits
