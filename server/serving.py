@@ -14,18 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import uvicorn
-
 from fwdllama.errors import UsageError
 
 from . import journal
 from .app import create_app
 from .context import Context
+from .graceful import GracefulServer
 from .limits import Limits
 from .listen import is_loopback, listening
 from .opening import opened
 
-GRACE_S = 30.0  # for running requests, after which they are cut off
+GRACE_S = 30  # for running requests, after which they are cut off
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,19 @@ class Setting:
         return context
 
 
-class Server(uvicorn.Server):
-    """Ends event streams when asked to stop, and leaves with exit code 0 then."""
+class Server(GracefulServer):
+    """Ends event streams too when it is told to stop, since nobody else would."""
 
-    def __init__(self, config: uvicorn.Config, context: Context) -> None:
-        super().__init__(config)
+    def __init__(self, setting: Setting, context: Context) -> None:
+        certificate, key = setting.tls or (None, None)
+        super().__init__(create_app(context), drain_s=GRACE_S, cert=certificate, key=key)
+        # Only where asked: whoever connects directly could claim any address, and rates are counted by it.
+        self.config.proxy_headers = setting.proxies is not None
+        self.config.forwarded_allow_ips = setting.proxies or ""
         self.context = context
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; at once, where Ctrl-C is pressed again."""
+        """Stop; at once, where Ctrl-C is pressed again. A worker is sent SIGTERM on top of the terminal's Ctrl-C, which must not count."""
         self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
         self.context.stopping = self.should_exit = True
 
@@ -108,23 +111,6 @@ def serve(setting: Setting, context: Context, opened_socket: socket.socket) -> N
     """Serve until a signal comes; closes the database."""
     journal.set_up(setting.log_format, sys.stderr)
     try:
-        server(setting, context).run(sockets=[opened_socket])
+        Server(setting, context).serve_on(opened_socket)
     finally:
         context.store.close()
-
-
-def server(setting: Setting, context: Context) -> Server:
-    """The web server, to be run."""
-    config = uvicorn.Config(
-        create_app(context),
-        log_config=None,
-        access_log=False,  # `observation` writes it
-        server_header=False,
-        proxy_headers=setting.proxies is not None,
-        forwarded_allow_ips=setting.proxies,
-        ssl_certfile=setting.tls and setting.tls[0],
-        ssl_keyfile=setting.tls and setting.tls[1],
-        timeout_graceful_shutdown=round(GRACE_S),
-        ws="none",
-    )
-    return Server(config, context)

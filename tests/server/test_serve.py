@@ -178,11 +178,11 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_second_ctrl_c_does_not_wait_but_a_second_sigterm_does(tmp_path: Path) -> None:
-    from fwdllama_server.serving import Setting, server
+    from fwdllama_server.serving import Server, Setting
 
     setting = Setting(tmp_path / "aggregator")
     context = setting.open()
-    told = server(setting, context)
+    told = Server(setting, context)
     told.handle_exit(signal.SIGTERM, None)
     told.handle_exit(signal.SIGTERM, None)
     assert (told.should_exit, told.force_exit, context.stopping) == (True, False, True)
@@ -194,3 +194,15 @@ def test_second_ctrl_c_does_not_wait_but_a_second_sigterm_does(tmp_path: Path) -
 def test_serving_imports_no_engine() -> None:
     program = "import sys, fwdllama_server.workers, fwdllama_server.cli.serve; print(sorted({'llama_cpp', 'httpx'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_claimed_address_is_believed_behind_a_proxy_only(tmp_path: Path) -> None:
+    from fwdllama_server.serving import Server, Setting
+
+    for proxies in (None, "127.0.0.1"):
+        setting = Setting(tmp_path / "aggregator", proxies=proxies)
+        context = setting.open()
+        config = Server(setting, context).config
+        config.load()
+        context.store.close()
+        assert (type(config.loaded_app).__name__ == "ProxyHeadersMiddleware") == (proxies is not None)
