@@ -25,9 +25,10 @@ from .delivery import finish
 from .devices import RunName
 from .errors import Refused
 from .registry import add_version, checked_origin, store_blob
+from .rollback import rolled_back
 from .rounds import n_counted, n_leased
 from .schema import audit, blobs, devices, entries, runs, tokens
-from .state import Open, change, open_round, rolled_back, run_named, say
+from .state import Open, change, open_round, run_named, say
 from .view import run_view
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
@@ -16,6 +15,7 @@ from .errors import Refused
 from .registry import Registry
 from .rounds import Lease, Round, decide, judge, n_counted
 from .schema import devices, runs, tasks, versions
+from .scoring import score_version
 from .state import Open, change, close, contributions, open_round, run_named, say, waste
 
 
@@ -66,7 +66,9 @@ def deliver(
     if isinstance(result, TrainResult):
         advance(connection, registry, run, current.with_result(task), now)
     else:
-        _scored(connection, run, int(row.version), now)
+        n_reports = score_version(connection, run, int(row.version), now)
+        if run.last and row.version == run.row.version and n_reports >= run.spec.evaluation.devices:
+            finish(connection, run, "the budget is used up", now)
     return Receipt()
 
 
@@ -112,35 +114,6 @@ def advance(connection: Connection, registry: Registry, run: Open, current: Roun
         change(connection, run.id, status="paused", reason=reason, extensions=0)
         record(connection, now, "round", "round-abandoned", {"run": run.row.name, "round": current.number, "reason": reason})
         say(connection, run.id, "round-abandoned", now, {"run": run.row.name, "round": current.number, "reason": reason})
-
-
-def _scored(connection: Connection, run: Open, version: int, now: float) -> None:
-    """The mean held-out loss of a version, weighted by examples; then best version, patience, and the end of a run."""
-    where = (tasks.c.run == run.id) & (tasks.c.kind == "evaluate") & (tasks.c.counted == version)
-    reports = [EvaluateResult.model_validate_json(x.result) for x in connection.execute(sa.select(tasks.c.result).where(where))]
-    n_examples = sum(report.n_examples for report in reports)
-    if n_examples:
-        loss = float(np.average([r.loss for r in reports], weights=[r.n_examples for r in reports]))
-        at = (versions.c.run == run.id) & (versions.c.version == version)
-        connection.execute(versions.update().where(at).values(held_out_loss=loss, n_evaluated=n_examples))
-        _judge(connection, run, version)
-        say(connection, run.id, "version-evaluated", now, {"run": run.row.name, "version": version, "held_out_loss": loss, "examples": n_examples})
-    if run.last and version == int(run.row.version) and len(reports) >= run.spec.evaluation.devices:
-        finish(connection, run, "the budget is used up", now)
-
-
-def _judge(connection: Connection, run: Open, version: int) -> None:
-    scored = connection.execute(
-        sa.select(versions.c.version, versions.c.held_out_loss)
-        .where(versions.c.run == run.id, versions.c.held_out_loss.is_not(None))
-        .order_by(versions.c.version)
-    ).all()
-    best = min(scored, key=lambda x: x.held_out_loss)
-    # Versions that a roll-back took back say nothing about what was learned since; the entry that restores has no probes.
-    back = sa.select(sa.func.max(versions.c.version)).where(versions.c.run == run.id, versions.c.version > 0, versions.c.n_probes == 0)
-    since_version = max(best.version, connection.execute(back).scalar_one() or 0)
-    since = sum(1 for x in scored if x.version > since_version)
-    change(connection, run.id, best_version=best.version, best_loss=best.held_out_loss, since_best=since)
 
 
 def finish(connection: Connection, run: Open, reason: str, now: float) -> None:

@@ -5,7 +5,7 @@ The first signal lets running requests finish, ends event streams and closes the
 
 from __future__ import annotations
 
-import ipaddress
+import platform
 import signal
 import socket
 import ssl
@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import uvicorn
-
-from fwdllama.errors import ResourceError, UsageError
+from fwdllama.errors import UsageError
 
 from . import journal
 from .app import create_app
 from .context import Context
+from .graceful import GracefulServer
 from .limits import Limits
+from .listen import is_loopback, listening
 from .opening import opened
 
-GRACE_S = 30.0  # for running requests, after which they are cut off
+GRACE_S = 30  # for running requests, after which they are cut off
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Setting:
 
     def url(self, port: int) -> str:
         """Where this machine reaches it."""
-        host = self.host if self.host not in ("0.0.0.0", "::") else socket.gethostname()
+        host = self.host if self.host not in ("0.0.0.0", "::") else platform.node()
         return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def open(self, *, migrate: bool = False) -> Context:
@@ -57,15 +57,19 @@ class Setting:
         return context
 
 
-class Server(uvicorn.Server):
-    """Ends event streams when asked to stop, and leaves with exit code 0 then."""
+class Server(GracefulServer):
+    """Ends event streams too when it is told to stop, since nobody else would."""
 
-    def __init__(self, config: uvicorn.Config, context: Context) -> None:
-        super().__init__(config)
+    def __init__(self, setting: Setting, context: Context) -> None:
+        certificate, key = setting.tls or (None, None)
+        super().__init__(create_app(context), drain_s=GRACE_S, cert=certificate, key=key)
+        # Only where asked: whoever connects directly could claim any address, and rates are counted by it.
+        self.config.proxy_headers = setting.proxies is not None
+        self.config.forwarded_allow_ips = setting.proxies or ""
         self.context = context
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; at once, where Ctrl-C is pressed again."""
+        """Stop; at once, where Ctrl-C is pressed again. A worker is sent SIGTERM on top of the terminal's Ctrl-C, which must not count."""
         self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
         self.context.stopping = self.should_exit = True
 
@@ -74,33 +78,15 @@ def bound(setting: Setting) -> socket.socket:
     """The socket to serve on.
 
     Raises:
-        UsageError: the address is not of this machine, or open to others without TLS and without having been told.
-        ResourceError: it is in use, or not ours to take.
+        UsageError: the address is open to others without TLS and without having been told.
+        ResourceError: it is in use, not of this machine, or not ours to take.
     """
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(setting.host, setting.port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise UsageError(f"--host {setting.host} is no address of this machine ({error.strerror}).") from error
-    local = ipaddress.ip_address(address[0]).is_loopback
-    if not (local or setting.tls or setting.insecure or setting.proxies is not None):
+    if not (setting.tls or setting.insecure or setting.proxies is not None or is_loopback(setting.host)):
         raise UsageError(
             f"--host {setting.host} can be reached by others, who could read keys on their way: give --tls-cert and --tls-key, "
             "--behind-proxy where a proxy does that, or --insecure."
         )
-    made = socket.socket(family, kind, number)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(2048)  # here, so that a port that is in use is told before anything is made
-    except OSError as error:
-        made.close()
-        if isinstance(error, PermissionError):
-            raise ResourceError(f"port {setting.port} needs rights that this user does not have; give one above 1023 with --port.") from error
-        raise ResourceError(
-            f"port {setting.port} of {setting.host} cannot be taken ({error.strerror}); give another with --port."
-        ) from error
-    made.set_inheritable(True)
-    return made
+    return listening(setting.host, setting.port)  # before anything is made in the folder
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
@@ -121,27 +107,10 @@ def check_tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] |
     return certificate, key
 
 
-def serve(setting: Setting, context: Context, listening: socket.socket) -> None:
+def serve(setting: Setting, context: Context, opened_socket: socket.socket) -> None:
     """Serve until a signal comes; closes the database."""
     journal.set_up(setting.log_format, sys.stderr)
     try:
-        server(setting, context).run(sockets=[listening])
+        Server(setting, context).serve_on(opened_socket)
     finally:
         context.store.close()
-
-
-def server(setting: Setting, context: Context) -> Server:
-    """The web server, to be run."""
-    config = uvicorn.Config(
-        create_app(context),
-        log_config=None,
-        access_log=False,  # `observation` writes it
-        server_header=False,
-        proxy_headers=setting.proxies is not None,
-        forwarded_allow_ips=setting.proxies,
-        ssl_certfile=setting.tls and setting.tls[0],
-        ssl_keyfile=setting.tls and setting.tls[1],
-        timeout_graceful_shutdown=round(GRACE_S),
-        ws="none",
-    )
-    return Server(config, context)

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Row
 
 from fwdllama.federation.message import TrainResult, theta_digest
 from fwdllama.federation.spec import RunSpec
-from fwdllama.ledger import Entry, chained, replay, restoring
+from fwdllama.ledger import Entry, chained, replay
 from fwdllama.sampler import Sampler
 
 from . import aggregate
@@ -146,7 +146,7 @@ def close(connection: Connection, registry: Registry, run: Open, current: Round,
     merged = aggregate.merge(merging, spec, learner, current.number, run.fraction(current.number, learner.n_probes))
     held = registry.held(connection, run.id, current.number)
     theta = replay(held.theta, [merged.entry])
-    digest, hashed = _append(connection, row, merged.entry, theta, now, _facts(run, current, merging, merged, now))
+    digest, hashed = append(connection, row, merged.entry, theta, now, _facts(run, current, merging, merged, now))
     n_devices = len({c.device for c in merging})
     add_version(
         connection,
@@ -195,7 +195,7 @@ def _facts(run: Open, current: Round, merging: Sequence[aggregate.Contribution],
     }
 
 
-def _append(
+def append(
     connection: Connection, row: Row[Any], entry: Entry, theta: NDArray[np.float32], now: float, facts: dict[str, Any]
 ) -> tuple[str, bytes]:
     """Add an entry to the ledger, with its event; returns the digest of `theta`, which it leads to, and its own hash."""
@@ -229,36 +229,3 @@ def waste(connection: Connection, lost: Sequence[Lease], n_probes: int) -> int:
     for row in fresh:
         connection.execute(devices.update().where(devices.c.id == row.device).values(n_wasted=devices.c.n_wasted + n_probes))
     return n_probes * len(fresh)
-
-
-def rolled_back(connection: Connection, registry: Registry, run: Open, version: int, now: float) -> None:
-    """Go back to an earlier version: an entry that says so, a new version with the old theta, and a new round.
-
-    Raises:
-        Refused: 409, it is not an earlier version.
-    """
-    row, latest = run.row, int(run.row.version)
-    if not 0 <= version < latest:
-        earlier = f"give one of 0 to {latest - 1}" if latest else "there is none"
-        raise Refused(409, f"version {version} is not earlier than version {latest}, at which run {row.name} is; {earlier}.")
-    theta = registry.theta(connection, run.id, version)
-    facts = {"run": str(row.name), "round": latest, "to": version, "n_probes": 0, "n_devices": 0}
-    digest, _ = _append(connection, row, restoring(latest, version), theta, now, facts)
-    add_version(connection, run.id, latest + 1, parent=version, theta_digest=digest, created_at=now, n_probes=0, n_devices=0)
-    current = open_round(connection, run)
-    lost = [x for x in current.leases if not x.done or x.counted == current.number]
-    change(
-        connection,
-        run.id,
-        version=latest + 1,
-        wanted=aggregate.wanted([], run.spec),
-        opened_at=now,
-        deadline=now + run.spec.round.deadline_s,
-        extensions=0,
-        since_best=0,
-        n_wasted=runs.c.n_wasted + waste(connection, lost, run.spec.round.probes_per_task),
-    )
-    # Results computed elsewhere than at this theta must not count, however stale results may be.
-    connection.execute(tasks.update().where(tasks.c.id.in_([x.task for x in current.leases])).values(version=-1))
-    store_snapshot(connection, run.id, latest + 1, theta, public=run.spec.public)
-    registry.keep(run.id, Held(latest + 1, digest, theta, None))

@@ -21,7 +21,7 @@ from types import FrameType
 
 from . import journal
 from .metrics import SHARED
-from .serving import GRACE_S, Server, Setting, server
+from .serving import GRACE_S, Server, Setting
 
 log = logging.getLogger("fwdllama.server")
 SHORT_S = 5.0  # a worker that lives no longer has not worked
@@ -92,10 +92,10 @@ def _work(setting: Setting, listening: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches all; the supervisor decides what it means
     journal.set_up(setting.log_format, sys.stderr)
     context = setting.open()
-    serving = server(setting, context)
+    serving = Server(setting, context)
     threading.Thread(target=_follow, args=(serving,), daemon=True).start()
     try:
-        serving.run(sockets=[listening])
+        serving.serve_on(listening)
     finally:
         context.store.close()
 

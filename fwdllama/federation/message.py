@@ -108,7 +108,7 @@ class EvaluateResult(Section, json_schema_extra=_with_kind):
     kind: Literal["evaluate"] = "evaluate"
     theta_digest: Sha256
     loss: Loss
-    n_examples: Count
+    n_examples: Annotated[int, Field(ge=0, le=1 << 24)]
     n_tokens: Count
 
 

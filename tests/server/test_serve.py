@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -162,13 +163,13 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert sentence("--port", port) == f"port {port} of 127.0.0.1 cannot be taken (Address already in use); give another with --port."
+        assert sentence("--port", port) == f"127.0.0.1:{port} cannot be listened on: Address already in use. Choose another --port."
     others = (
         "can be reached by others, who could read keys on their way: give --tls-cert and --tls-key, "
         "--behind-proxy where a proxy does that, or --insecure."
     )
     assert sentence("--host", "0.0.0.0") == f"--host 0.0.0.0 {others}"
-    assert sentence("--host", "no.such.host.invalid").startswith("--host no.such.host.invalid is no address of this machine (")
+    assert sentence("--host", "no.such.host.invalid", "--insecure").startswith("--host no.such.host.invalid: is no address of this machine: ")
     assert sentence("--tls-cert", "c.pem") == "--tls-cert and --tls-key belong together; give both."
     assert sentence("--tls-cert", "c.pem", "--tls-key", "k.pem") == "--tls-cert c.pem and --tls-key k.pem cannot be used: No such file or directory."
     assert sentence("--workers", 2) == "--workers 2 needs PostgreSQL: give --database postgresql://..., or leave --workers out."
@@ -177,14 +178,31 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_second_ctrl_c_does_not_wait_but_a_second_sigterm_does(tmp_path: Path) -> None:
-    from fwdllama_server.serving import Setting, server
+    from fwdllama_server.serving import Server, Setting
 
     setting = Setting(tmp_path / "aggregator")
     context = setting.open()
-    told = server(setting, context)
+    told = Server(setting, context)
     told.handle_exit(signal.SIGTERM, None)
     told.handle_exit(signal.SIGTERM, None)
     assert (told.should_exit, told.force_exit, context.stopping) == (True, False, True)
     told.handle_exit(signal.SIGINT, None)
     assert told.force_exit
     context.store.close()
+
+
+def test_serving_imports_no_engine() -> None:
+    program = "import sys, fwdllama_server.workers, fwdllama_server.cli.serve; print(sorted({'llama_cpp', 'httpx'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_claimed_address_is_believed_behind_a_proxy_only(tmp_path: Path) -> None:
+    from fwdllama_server.serving import Server, Setting
+
+    for proxies in (None, "127.0.0.1"):
+        setting = Setting(tmp_path / "aggregator", proxies=proxies)
+        context = setting.open()
+        config = Server(setting, context).config
+        config.load()
+        context.store.close()
+        assert (type(config.loaded_app).__name__ == "ProxyHeadersMiddleware") == (proxies is not None)
