@@ -13,11 +13,17 @@ from .errors import Refused
 from .registry import Registry
 from .rounds import Lease, free_slot, wait_s
 from .schema import devices, tasks
-from .state import Open, open_round, slot_seeds
+from .state import Open, marked, open_round, slot_seeds
 
 ACTIVE_S = 600.0  # an evaluating device that was not seen for so long may be replaced
 CHECK_INS_PER_S = 50  # that waiting devices should cause together
 EXCHANGE_S = 0.5
+_LEASED = tasks.insert()
+_ABOUT = (
+    devices.update()
+    .where(devices.c.id == sa.bindparam("device_id"))
+    .values(battery=sa.bindparam("battery"), charging=sa.bindparam("charging"), memory_bytes=sa.bindparam("memory_bytes"))
+)
 
 
 def check_in(connection: Connection, registry: Registry, run: Open, device: str, checkin: CheckIn, n_active: int, now: float) -> Assignment:
@@ -29,11 +35,9 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
     row, spec = run.row, run.spec
     if checkin.base != spec.base.sha256:
         raise Refused(409, f"run {row.name} is for base {spec.base.name} ({spec.base.sha256[:12]}), but the device has {checkin.base[:12]}.")
-    connection.execute(
-        devices.update()
-        .where(devices.c.id == device)
-        .values(battery=checkin.battery, charging=checkin.charging, memory_bytes=checkin.memory_bytes)
-    )
+    about = {"battery": checkin.battery, "charging": checkin.charging, "memory_bytes": checkin.memory_bytes}
+    if any(value is not None for value in about.values()):
+        connection.execute(_ABOUT, {"device_id": device, **about})
     if row.status == "finished":
         return Assignment(wait=Wait(least_s=0, most_s=0, reason=f"run {row.name} is finished: {row.reason}", finished=True))
     if row.status == "paused":
@@ -44,12 +48,13 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
             return Assignment(task=task)
     if run.last:
         return _wait(2.0, n_active, f"run {row.name} is being scored for the last time")
-    current = open_round(connection, run)
+    current = open_round(connection, registry, run)
     slot = free_slot(current, spec.round, device, now)
     if slot is None:
         return _wait(wait_s(current, spec.round, now), n_active, f"all probes of round {version} are given out")
     seeds = slot_seeds(registry, connection, run, version, slot)
     lease = _leased(connection, run, device, "train", slot, now)
+    marked(connection, registry, run, current.with_lease(lease))
     return Assignment(task=_task(run, lease, "train", seeds))
 
 
@@ -62,9 +67,18 @@ def _wait(least_s: float, n_active: int, reason: str) -> Assignment:
 def _leased(connection: Connection, run: Open, device: str, kind: str, slot: int, now: float) -> Lease:
     lease = Lease(f"t{secrets.token_hex(8)}", int(run.row.version), slot, device, now, now + run.spec.round.lease_s)
     connection.execute(
-        tasks.insert().values(
-            id=lease.task, run=run.id, kind=kind, version=lease.round, slot=slot, device=device, leased_at=now, until=lease.until
-        )
+        _LEASED,
+        {
+            "id": lease.task,
+            "run": run.id,
+            "kind": kind,
+            "version": lease.round,
+            "slot": slot,
+            "device": device,
+            "leased_at": now,
+            "until": lease.until,
+            "wasted": 0,
+        },
     )
     return lease
 

@@ -16,7 +16,28 @@ from .errors import Refused
 from .registry import Registry
 from .rounds import Lease, Round, decide, judge, n_counted
 from .schema import devices, runs, tasks, versions
-from .state import Open, change, close, contributions, open_round, run_named, say, waste
+from .state import Open, change, close, contributions, new_mark, open_round, run_named, say, waste
+
+_TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam("task_id"), tasks.c.device == sa.bindparam("device_id"))
+_ACCEPTED = (
+    tasks.update()
+    .where(tasks.c.id == sa.bindparam("task_id"))
+    .values(counted=sa.bindparam("in_round"), result=sa.bindparam("text"), wasted=0)
+)
+_CONTRIBUTED = (
+    devices.update()
+    .where(devices.c.id == sa.bindparam("device_id"))
+    .values(
+        n_results=devices.c.n_results + 1,
+        n_probes=devices.c.n_probes + sa.bindparam("probes"),
+        n_wasted=devices.c.n_wasted - sa.bindparam("regained"),
+    )
+)
+_RECEIVED = (
+    runs.update()
+    .where(runs.c.id == sa.bindparam("run_id"))
+    .values(n_results=runs.c.n_results + 1, n_wasted=runs.c.n_wasted - sa.bindparam("regained"), mark=sa.bindparam("drawn"))
+)
 
 
 def deliver(
@@ -27,7 +48,7 @@ def deliver(
     Raises:
         Refused: 404, there is no such task of this device.
     """
-    row = connection.execute(sa.select(tasks).where(tasks.c.id == task, tasks.c.device == device)).first()
+    row = connection.execute(_TASK, {"task_id": task, "device_id": device}).first()
     if row is None:
         raise Refused(404, f"device {device} has no task {task}.")
     run = run_named(connection, registry, row.run)
@@ -37,7 +58,7 @@ def deliver(
     n_seeds = run.spec.round.probes_per_task
     refusal = _refusal(run, row, result, n_seeds)
     if refusal is None and isinstance(result, TrainResult):
-        current = open_round(connection, run)
+        current = open_round(connection, registry, run)
         lease = Lease(row.id, row.version, row.slot, row.device, row.leased_at, row.until)
         verdict = judge(current, run.spec.round, lease) if row.version >= 0 else None
         if row.version < 0:
@@ -54,15 +75,14 @@ def deliver(
     counted = int(run.row.version) if isinstance(result, TrainResult) else int(row.version)
     # A lease that was counted as lost, and whose result came after all, is not.
     regained = n_probes if row.wasted else 0
-    connection.execute(tasks.update().where(tasks.c.id == task).values(counted=counted, result=text, wasted=0))
-    connection.execute(
-        devices.update()
-        .where(devices.c.id == device)
-        .values(n_results=devices.c.n_results + 1, n_probes=devices.c.n_probes + n_probes, n_wasted=devices.c.n_wasted - regained)
-    )
-    change(connection, run.id, n_results=runs.c.n_results + 1, n_wasted=runs.c.n_wasted - regained)
+    connection.execute(_ACCEPTED, {"task_id": task, "in_round": counted, "text": text})
+    connection.execute(_CONTRIBUTED, {"device_id": device, "probes": n_probes, "regained": regained})
+    mark = new_mark()
+    connection.execute(_RECEIVED, {"run_id": run.id, "regained": regained, "drawn": mark})
     if isinstance(result, TrainResult):
-        advance(connection, registry, run, current.with_result(task), now)
+        current = current.with_result(task)
+        registry.keep_round(run.id, mark, current)
+        advance(connection, registry, run, current, now)
     else:
         _scored(connection, run, int(row.version), now)
     return Receipt()
@@ -143,7 +163,7 @@ def tick(connection: Connection, registry: Registry, now: float) -> None:
     for id_ in connection.execute(sa.select(runs.c.id).where(runs.c.status == "open")).scalars().all():
         run = run_named(connection, registry, id_)
         row, patience = run.row, run.spec.evaluation.patience
-        current = open_round(connection, run)
+        current = open_round(connection, registry, run)
         lost = [x for x in current.leases if not x.done and x.until <= now]
         if n_lost := waste(connection, lost, run.spec.round.probes_per_task):
             change(connection, run.id, n_wasted=runs.c.n_wasted + n_lost)

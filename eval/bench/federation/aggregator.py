@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 START_S = 60.0
 ENROLLING = 32  # at once
 SERVE = """
-import json, socket, sys
+import json, signal, socket, sys
 from pathlib import Path
 import uvicorn
 from fwdllama_server.app import create_app
@@ -40,6 +40,7 @@ at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 if given["shared"]:
     at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 at.bind((given["host"], given["port"]))
+signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its shutdown, which would leave out what follows
 context = opened(Path(given["folder"]), database=given["database"], limits=Limits(**given["limits"]))
 uvicorn.Server(uvicorn.Config(create_app(context), access_log=False, log_level="warning")).run(sockets=[at])
 context.store.close()
