@@ -77,16 +77,25 @@ def slopes(contribution: Contribution, spec: RunSpec) -> NDArray[np.float64]:
 
 def pooled(contributions: Sequence[Contribution], spec: RunSpec) -> tuple[NDArray[np.uint64], NDArray[np.float64], NDArray[np.float64]]:
     """(seeds, slopes, weights), each (n,), one for every different seed, in the order of `contributions`."""
+    seeds = np.concatenate([c.seeds for c in contributions])
+    measured = np.concatenate([slopes(c, spec) for c in contributions])
+    trusted = np.concatenate([_weights(c, spec) for c in contributions])
+    if len(np.unique(seeds)) == len(seeds):
+        return seeds, np.where(np.isfinite(measured), measured, np.nan), trusted
     by_seed: dict[int, list[tuple[float, float]]] = {}
-    per_probe = spec.train.estimator.examples_per_probe
-    for contribution in contributions:
-        late = (1.0 + contribution.lag) ** -spec.aggregation.staleness_power
-        counts = contribution.result.examples
-        for i, (seed, slope) in enumerate(zip(contribution.seeds.tolist(), slopes(contribution, spec).tolist(), strict=True)):
-            by_seed.setdefault(seed, []).append((slope, late * min(1.0, counts[i % len(counts)] / per_probe)))
+    for seed, slope, weight in zip(seeds.tolist(), measured.tolist(), trusted.tolist(), strict=True):
+        by_seed.setdefault(seed, []).append((slope, weight))
     chosen = [_one([s for s, _ in found], spec) for found in by_seed.values()]
     weights = [float(np.mean([w for _, w in found])) for found in by_seed.values()]
     return np.array(list(by_seed), np.uint64), np.array(chosen, np.float64), np.array(weights, np.float64)
+
+
+def _weights(contribution: Contribution, spec: RunSpec) -> NDArray[np.float64]:
+    """How much each seed of a result counts (n,): less when late, and when fewer examples were asked than the run wants."""
+    late = (1.0 + contribution.lag) ** -spec.aggregation.staleness_power
+    counts = np.array(contribution.result.examples, np.float64)[np.arange(len(contribution.seeds)) % len(contribution.result.examples)]
+    weights: NDArray[np.float64] = late * np.minimum(1.0, counts / spec.train.estimator.examples_per_probe)
+    return weights
 
 
 def _one(values: list[float], spec: RunSpec) -> float:

@@ -42,8 +42,8 @@ _RECEIVED = (
 
 def deliver(
     connection: Connection, registry: Registry, task: str, device: str, result: TrainResult | EvaluateResult, now: float
-) -> Receipt | Refused:
-    """Take a result. A refusal is returned, not raised: that it happened is written too.
+) -> tuple[Receipt | Refused, str]:
+    """Take a result; returns the run too. A refusal is returned, not raised: that it happened is written too.
 
     Raises:
         Refused: 404, there is no such task of this device.
@@ -54,7 +54,8 @@ def deliver(
     run = run_named(connection, registry, row.run)
     text = result.model_dump_json()
     if row.counted is not None:
-        return Receipt(duplicate=True) if row.result == text else Refused(409, f"another result of task {task} was accepted before.")
+        same = row.result == text
+        return Receipt(duplicate=True) if same else Refused(409, f"another result of task {task} was accepted before."), run.id
     n_seeds = run.spec.round.probes_per_task
     refusal = _refusal(run, row, result, n_seeds)
     if refusal is None and isinstance(result, TrainResult):
@@ -70,7 +71,7 @@ def deliver(
         change(connection, run.id, n_refused=runs.c.n_refused + 1)
         connection.execute(devices.update().where(devices.c.id == device).values(n_refused=devices.c.n_refused + 1))
         say(connection, run.id, "result-refused", now, {"device": device, "task": task, "status": refusal.status, "why": refusal.sentence})
-        return refusal
+        return refusal, run.id
     n_probes = n_seeds if isinstance(result, TrainResult) else 0
     counted = int(run.row.version) if isinstance(result, TrainResult) else int(row.version)
     # A lease that was counted as lost, and whose result came after all, is not.
@@ -85,7 +86,7 @@ def deliver(
         advance(connection, registry, run, current, now)
     else:
         _scored(connection, run, int(row.version), now)
-    return Receipt()
+    return Receipt(), run.id
 
 
 def _refusal(run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_seeds: int) -> Refused | None:

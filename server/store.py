@@ -99,13 +99,15 @@ class Store:
                 if not self.is_sqlite:
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
                 for act, future in batch:
+                    connection.exec_driver_sql("SAVEPOINT act")
                     try:
-                        with connection.begin_nested():
-                            done.append((future, act(connection), None))
+                        done.append((future, act(connection), None))
                     except sa.exc.OperationalError:
                         raise
                     except Exception as error:  # noqa: BLE001 - it belongs to the request, whose answer it becomes
+                        connection.exec_driver_sql("ROLLBACK TO SAVEPOINT act")
                         done.append((future, None, error))
+                    connection.exec_driver_sql("RELEASE SAVEPOINT act")
         except Exception as error:
             log.exception("a commit failed")
             done = [(future, None, error) for _, future in batch]
