@@ -39,6 +39,7 @@ class Orders:
     log: str  # acknowledged tasks, a line each
     think_s: float = 0.0
     seed: int = 0
+    answer_s: float = 60.0  # within which an answer must come
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Fleet:
         self.ends = 0.0
 
     async def _device(self, identity: Identity) -> None:
-        wire = Wire(self.orders.host, self.orders.port)
+        wire = Wire(self.orders.host, self.orders.port, answer_s=self.orders.answer_s)
         checkin = {"base": BASE}
         task: dict[str, Any] | None = None
         while time.monotonic() < self.ends:
