@@ -70,9 +70,9 @@ class Aggregator:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._shared = workers > 1
         folder.mkdir(parents=True, exist_ok=True)
-        for _ in range(workers):
+        for worker in range(workers):
             self._workers.append(self._spawned())
-            self.wait_until_up()  # one after the other: the first makes the tables
+            self._wait(worker)  # one after the other: the first makes the tables
 
     def _spawned(self) -> subprocess.Popen[bytes]:
         with open(self.folder / "log", "ab") as log:
@@ -83,16 +83,14 @@ class Aggregator:
                 stderr=log,
             )
 
-    def wait_until_up(self) -> None:
-        """Wait until it answers.
+    def _wait(self, worker: int) -> None:
+        """Wait until the aggregator answers; of several workers any may.
 
         Raises:
-            BenchError: it does not.
+            BenchError: it does not, or the worker died.
         """
         until = time.monotonic() + START_S
-        while time.monotonic() < until:
-            if any(worker.poll() is not None for worker in self._workers):
-                break
+        while time.monotonic() < until and self._workers[worker].poll() is None:
             try:
                 if asyncio.run(Wire(HOST, self.port, answer_s=5.0).request("GET", "/health")).status == 200:
                     return
@@ -109,7 +107,7 @@ class Aggregator:
     def restart(self, worker: int = 0) -> None:
         """Start a worker that was killed."""
         self._workers[worker] = self._spawned()
-        self.wait_until_up()
+        self._wait(worker)
 
     def rss_bytes(self) -> int:
         """Memory of all workers together."""

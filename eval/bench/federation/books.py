@@ -51,7 +51,7 @@ def checked(url: str, name: str, acknowledgements: Counter[str]) -> dict[str, An
         "acknowledged": len(acknowledgements),
         "lost": sum(1 for task in acknowledgements if task not in {row.id for row in tasks}),
         "counted_twice": _counted_wrongly(spec, tasks, entries),
-        "miscounted": abs(len(tasks) - run.n_results) + abs(len(tasks) - (by_device.n_results or 0)),
+        "miscounted": abs(len(tasks) - run.n_results) + abs(len(tasks) - int(by_device.n_results or 0)),
         "chain_valid": chain,
         "audit_valid": _audit_valid(audit),
         "rounds": len(entries),
