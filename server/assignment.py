@@ -13,7 +13,7 @@ from .errors import Refused
 from .registry import Registry
 from .rounds import Lease, free_slot, wait_s
 from .schema import devices, tasks
-from .state import Open, marked, open_round, slot_seeds
+from .state import Open, marked, open_round, release, slot_seeds
 
 ACTIVE_S = 600.0  # an evaluating device that was not seen for so long may be replaced
 CHECK_INS_PER_S = 50  # that waiting devices should cause together
@@ -49,6 +49,10 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
     if run.last:
         return _wait(2.0, n_active, f"run {row.name} is being scored for the last time")
     current = open_round(connection, registry, run)
+    held = [lease for lease in current.leases if lease.device == device and lease.active(now)]
+    if held:  # whoever asks for work is not at work: the device was restarted, or never heard of its task
+        current = current.released([lease.task for lease in held], now)
+        release(connection, registry, run, current, [lease.task for lease in held], now)
     slot = free_slot(current, spec.round, device, now)
     if slot is None:
         return _wait(wait_s(current, spec.round, now), n_active, f"all probes of round {version} are given out")

@@ -16,7 +16,7 @@ from .errors import Refused
 from .registry import Registry
 from .rounds import Lease, Round, decide, judge, n_counted
 from .schema import devices, runs, tasks, versions
-from .state import Open, change, close, contributions, new_mark, open_round, run_named, say, waste
+from .state import Open, change, close, contributions, new_mark, open_round, release, run_named, say, waste
 
 _TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam("task_id"), tasks.c.device == sa.bindparam("device_id"))
 _ACCEPTED = (
@@ -68,6 +68,9 @@ def deliver(
             refusal = Refused(verdict.status, verdict.sentence)
             change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
     if refusal is not None:
+        if row.kind == "train" and refusal.status == 422:  # its device will not do better: the slot goes to another
+            current = open_round(connection, registry, run).released([task], now)
+            release(connection, registry, run, current, [task], now)
         change(connection, run.id, n_refused=runs.c.n_refused + 1)
         connection.execute(devices.update().where(devices.c.id == device).values(n_refused=devices.c.n_refused + 1))
         say(connection, run.id, "result-refused", now, {"device": device, "task": task, "status": refusal.status, "why": refusal.sentence})

@@ -115,6 +115,12 @@ def marked(connection: Connection, registry: Registry, run: Open, current: Round
     registry.keep_round(run.id, mark, current)
 
 
+def release(connection: Connection, registry: Registry, run: Open, current: Round, ended: Sequence[str], now: float) -> None:
+    """End leases before their time, so that their slots are handed on at once; `current` is the round without them."""
+    connection.execute(tasks.update().where(tasks.c.id.in_(ended)).values(until=now))
+    marked(connection, registry, run, current)
+
+
 def slot_seeds(registry: Registry, connection: Connection, run: Open, version: int, slot: int) -> list[int]:
     """The seeds of a slot: the same whoever asks, since they follow from the run's seed, round and place."""
     config, n = run.spec.train, run.spec.round.probes_per_task
