@@ -226,9 +226,10 @@ def _append(
 
 
 def _waste(connection: Connection, run: Open, current: Round, version: int) -> int:
-    """Count leases that can no longer count as lost, once; returns their probes."""
+    """Count leases that can no longer count as lost, once, and results in slots that lack copies; returns their probes."""
     config = run.spec.round
     lost = [x for x in current.leases if not x.done and x.round < version - config.staleness]
+    lost += [x for x in current.leases if x.counted == current.number and current.counted[(x.round, x.slot)] < config.copies]
     return waste(connection, lost, config.probes_per_task)
 
 

@@ -138,6 +138,11 @@ class Aggregator:
             raise BenchError(f"{method} {target}: {answer.status} {answer.body.decode(errors='replace')}")
         return answer
 
+    @property
+    def url(self) -> str:
+        """Of its database, for SQLAlchemy."""
+        return self.database or f"sqlite:///{self.folder / 'aggregator' / 'aggregator.sqlite'}"
+
     def create(self, spec: RunSpec, initial: bytes) -> dict[str, Any]:
         """Start a run."""
         self.admin("PUT", f"/v1/blobs/sha256:{spec.initial}", raw=initial)

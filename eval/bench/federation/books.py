@@ -59,6 +59,20 @@ def checked(url: str, name: str, acknowledgements: Counter[str]) -> dict[str, An
     }
 
 
+def leased(url: str, name: str) -> tuple[int, int]:
+    """How many training tasks of a run were given out, and the results of how many of them count or wait to."""
+    import sqlalchemy as sa
+
+    engine = sa.create_engine(url)
+    try:
+        with engine.connect() as connection:
+            query = "SELECT COUNT(*), COUNT(counted) FROM tasks JOIN runs ON runs.id = tasks.run WHERE runs.name = :name AND kind = 'train'"
+            given, counted = connection.execute(sa.text(query), {"name": name}).one()
+    finally:
+        engine.dispose()
+    return int(given), int(counted)
+
+
 def _ledger(spec: RunSpec, frames: list[Any], run: Any) -> tuple[list[Entry], bool]:
     """The entries, and whether they are the chain that leads to the run's theta."""
     page = b"".join(bytes(row.payload) + bytes(row.hash) for row in frames)

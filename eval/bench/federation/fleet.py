@@ -7,6 +7,7 @@ computed again afterwards. Every result that was acknowledged is on disk before 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -34,12 +35,16 @@ class Orders:
     host: str
     port: int
     run: str
-    devices: tuple[tuple[str, str], ...]
+    devices: Sequence[tuple[str, str]]
     seconds: float
     log: str  # acknowledged tasks, a line each
     think_s: float = 0.0
     seed: int = 0
     answer_s: float = 60.0  # within which an answer must come
+    connections: int | None = None  # that the devices share, one task each in turn; None: one for each device
+    flaky: int = 0  # of the devices, the first ones
+    drops: float = 0.0  # the chance that a flaky device leaves in the middle of a task
+    away_s: Sequence[float] = (1.0, 6.0)
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Report:
     duplicates: int = 0
     lost: int = 0
     finished: bool = False
+    dropped: int = 0  # tasks that a device left in the middle of
+    abandoned: int = 0  # of these, those that it did not take up again when it returned
     answers: dict[str, int] = field(default_factory=dict)
     latencies_ms: list[float] = field(default_factory=list)  # of results
 
@@ -97,7 +104,10 @@ class Fleet:
     async def run(self) -> Report:
         """All devices until the time is over, the run finished, or the process told to stop."""
         begun = time.monotonic()
-        await asyncio.gather(*(self._device(Identity(name, bytes.fromhex(key))) for name, key in self.orders.devices))
+        identities = [Identity(name, bytes.fromhex(key)) for name, key in self.orders.devices]
+        n = self.orders.connections or len(identities)
+        flaky = {identity.device for identity in identities[: self.orders.flaky]}
+        await asyncio.gather(*(self._connection(identities[i::n], flaky) for i in range(n)))
         self.report.seconds = time.monotonic() - begun
         self.report.answers = dict(self.answers)
         os.close(self._log)
@@ -107,38 +117,63 @@ class Fleet:
         """Let every device finish what it is at."""
         self.ends = 0.0
 
-    async def _device(self, identity: Identity) -> None:
+    async def _connection(self, identities: list[Identity], flaky: set[str]) -> None:
+        """Devices that take turns after each task; one alone checks in with its results."""
         wire = Wire(self.orders.host, self.orders.port, answer_s=self.orders.answer_s)
         checkin = {"base": BASE}
+        checking_in = f"/v1/runs/{self.orders.run}/checkin"
         task: dict[str, Any] | None = None
-        while time.monotonic() < self.ends:
+        turns = itertools.cycle(identities)
+        identity = next(turns)
+        while task is not None or time.monotonic() < self.ends:  # what was begun is finished
             if task is None:
-                target, method, body = f"/v1/runs/{self.orders.run}/checkin", "POST", json.dumps(checkin)
+                answer = await self._answered(wire, identity, "POST", checking_in, json.dumps(checkin).encode())
+            elif await self._thought(identity.device in flaky):
+                goes_on = len(identities) == 1 and time.monotonic() < self.ends
+                answer = await self._delivered(wire, identity, task, checkin if goes_on else None)
             else:
-                await asyncio.sleep(self.orders.think_s * self.random.uniform(0.5, 1.5))
-                body = json.dumps({"result": result_of(task), "checkin": checkin}, separators=(",", ":"))
-                target, method = f"/v1/tasks/{task['task']}/result", "PUT"
-            begun = time.monotonic()
-            answer = await self._answered(wire, identity, method, target, body.encode())
+                task = None
+                continue
             if answer is None:
                 break
             following = answer.json if answer.status == 200 else {}
             if task is not None:
-                self.report.latencies_ms.append(1000 * (time.monotonic() - begun))
-                if answer.status == 200:
-                    self.report.accepted += not following["duplicate"]
-                    self.report.duplicates += following["duplicate"]
-                    os.write(self._log, f"{task['task']}\n".encode())
                 following = following.get("next") or {}
+                identity = next(turns)
+            elif answer.status != 200:
+                await asyncio.sleep(self.random.uniform(0, 0.1))
             task = following.get("task")
             if (wait := following.get("wait")) is not None:
                 if wait["finished"]:
                     self.report.finished = True
                     break
                 await asyncio.sleep(self.random.uniform(wait["least_s"], wait["most_s"]))
-            elif task is None and answer.status != 200:
-                await asyncio.sleep(self.random.uniform(0, 0.1))
         wire.close()
+
+    async def _thought(self, flaky: bool) -> bool:
+        """Take the time of a task; False where its device left in the middle and has forgotten it when it returns."""
+        thinking = self.orders.think_s * self.random.uniform(0.5, 1.5)
+        if not flaky or self.random.random() >= self.orders.drops:
+            await asyncio.sleep(thinking)
+            return True
+        self.report.dropped += 1
+        await asyncio.sleep(thinking * self.random.random() + self.random.uniform(self.orders.away_s[0], self.orders.away_s[1]))
+        forgotten = self.random.random() < 0.5
+        self.report.abandoned += forgotten
+        return not forgotten
+
+    async def _delivered(self, wire: Wire, identity: Identity, task: dict[str, Any], checkin: dict[str, Any] | None) -> Answer | None:
+        body = json.dumps({"result": result_of(task), "checkin": checkin}, separators=(",", ":"))
+        begun = time.monotonic()
+        answer = await self._answered(wire, identity, "PUT", f"/v1/tasks/{task['task']}/result", body.encode())
+        if answer is not None:
+            self.report.latencies_ms.append(1000 * (time.monotonic() - begun))
+            if answer.status == 200:
+                duplicate = answer.json["duplicate"]
+                self.report.accepted += not duplicate
+                self.report.duplicates += duplicate
+                os.write(self._log, f"{task['task']}\n".encode())
+        return answer
 
     async def _answered(self, wire: Wire, identity: Identity, method: str, target: str, body: bytes) -> Answer | None:
         """The answer, however often it takes; None where the time was over before one came."""
@@ -159,7 +194,7 @@ class Fleet:
 def main() -> None:
     """Follow the orders of a file; the report goes to stdout."""
     given = json.loads(Path(sys.argv[1]).read_text())
-    fleet = Fleet(Orders(**{**given, "devices": tuple(map(tuple, given["devices"]))}))
+    fleet = Fleet(Orders(**given))
 
     async def run() -> Report:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, fleet.stop)

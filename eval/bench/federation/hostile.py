@@ -30,7 +30,7 @@ DEVICES, SHARE = 20, 0.2
 N_PARAMS, ROUNDS, PROBES, PROBES_PER_TASK, EXAMPLES = 64, 40, 160, 20, 4
 EPS = 0.01
 FLOOR = 1.0  # nats that no theta takes away
-STEP = {"lr": 0.4, "final_lr": 0.05, "half_life": 1_000_000}
+STEP = {"lr": 0.3, "final_lr": 0.01, "half_life": 1_000_000}
 BETWEEN_DEVICES, WITHIN = 0.15, 0.15  # standard deviations of centres, whose mean is half a unit from where theta begins
 WIDE = 1e6  # nats: with it a loss times a thousand is accepted, so that the rule alone must cope
 
@@ -136,9 +136,10 @@ class Play:
             BenchError: the run stands still.
         """
         self.last = genesis
-        idle = 0
+        idle, rng = 0, np.random.default_rng(SEED)
         while idle < 3 * len(self.identities):
-            for device, identity in enumerate(self.identities):
+            for device in rng.permutation(len(self.identities)).tolist():  # whoever shares a slot or a round is another each time
+                identity = self.identities[device]
                 answer = await self.wire.signed(identity, "POST", f"/v1/runs/{self.name}/checkin", json.dumps({"base": BASE}).encode())
                 if answer.status != 200:
                     raise BenchError(f"check-in: {answer.status} {answer.body.decode(errors='replace')}")
@@ -199,7 +200,7 @@ def played(aggregator: Aggregator, identities: Sequence[Identity], rule: Rule, l
     return asyncio.run(play.run(bytes.fromhex(created["genesis"]))), play.n_refused
 
 
-def hostile(bench: Bench, size: Size = Size(), rules: Sequence[Rule] = ROBUST, lies: Sequence[str] = tuple(LIES)) -> Measured:  # noqa: B008 - frozen
+def hostile(bench: Bench, size: Size = Size(), rules: Sequence[Rule] = ROBUST, lies: Sequence[str] = tuple(LIES)) -> Measured:
     """Every rule with every lie, in ratio to the same rule without liars; and the plain mean."""
     figures: dict[str, Any] = {"start": Data(size.devices).held_out(np.zeros(N_PARAMS, np.float32))}
     worst: dict[str, float] = {}

@@ -94,9 +94,8 @@ class Scene:
 
     def figures(self, reports: list[Report]) -> dict[str, Any]:
         """The books, and what the devices saw."""
-        url = self.aggregator.database or f"sqlite:///{self.folder / 'aggregator' / 'aggregator.sqlite'}"
         return {
-            **checked(url, NAME, acknowledged(map(self._log, range(FLEETS)))),
+            **checked(self.aggregator.url, NAME, acknowledged(map(self._log, range(FLEETS)))),
             "finished": all(report.finished for report in reports),
             "retries": sum(report.lost for report in reports),
             "duplicates": sum(report.duplicates for report in reports),
@@ -139,7 +138,13 @@ def _item(name: str, what: str, minutes: float, act: Callable[[Scene], None], n:
 
 
 ITEMS = (
-    _item("federation-kill", "the aggregator killed with -9 at 50 random moments under load and restarted, SQLite", 3, Scene.kill_aggregator, N_KILLS),
+    _item(
+        "federation-kill",
+        "the aggregator killed with -9 at 50 random moments under load and restarted, SQLite",
+        3,
+        Scene.kill_aggregator,
+        N_KILLS,
+    ),
     _item(
         "federation-kill-postgresql",
         "the same, two workers on PostgreSQL, one or both killed",
