@@ -7,6 +7,8 @@ and aggregators exchange seeds instead of directions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,10 +22,33 @@ def packed_bits(seed: int, n_params: int) -> Bits:
     >>> packed_bits(7, 16)
     array([164, 251], dtype=uint8)
     """
+    _check(seed)
+    return _packed(np.random.Philox(key=seed), n_params)
+
+
+def _check(seed: int) -> None:
     if not 0 <= seed < 1 << SEED_BITS:
         raise ValueError(f"seed {seed} is not an unsigned {SEED_BITS}-bit number.")
-    words = np.random.Philox(key=seed).random_raw(-(-n_params // 64))
+
+
+def _packed(generator: np.random.Philox, n_params: int) -> Bits:
+    words = generator.random_raw(-(-n_params // 64))
     return words.astype("<u8", copy=False).view(np.uint8)[: -(-n_params // 8)]
+
+
+def each_packed(seeds: Iterable[int], n_params: int) -> Iterator[Bits]:
+    """`packed_bits` of one seed after the other, by one generator: making one costs ten microseconds, as much as 4,000 of its signs.
+
+    >>> [bits.tolist() for bits in each_packed([7, 8], 16)] == [packed_bits(7, 16).tolist(), packed_bits(8, 16).tolist()]
+    True
+    """
+    generator = np.random.Philox(key=0)
+    state = generator.state
+    for seed in seeds:
+        _check(seed)
+        state["state"]["key"][0] = seed
+        generator.state = state
+        yield _packed(generator, n_params)
 
 
 def direction(seed: int, n_params: int) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fwdllama.direction import Bits, packed_bits, unpack
+from fwdllama.direction import Bits, each_packed, unpack
 
 
 @dataclass(frozen=True)
@@ -92,5 +92,4 @@ def combined(bits: Iterable[Bits], coefficients: Sequence[float] | NDArray[np.fl
 
 def replayed(theta: NDArray[np.float32], seeds: Sequence[int], coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
     """Theta after one step that is known by its seeds and coefficients."""
-    bits = (packed_bits(int(seed), theta.size) for seed in seeds)
-    return theta - combined(bits, coefficients, theta.size)
+    return theta - combined(each_packed(map(int, seeds), theta.size), coefficients, theta.size)

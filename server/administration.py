@@ -266,7 +266,7 @@ async def progress(request: Request, run: RunName) -> Response:
 def progress_view(connection: Connection, context: Context, named: str) -> Progress:
     """Where the open round of a run stands."""
     run = run_named(connection, context.registry, named)
-    row, current = run.row, open_round(connection, run)
+    row, current = run.row, open_round(connection, context.registry, run)
     return Progress(
         run=row.name,
         status=row.status,

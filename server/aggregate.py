@@ -19,6 +19,9 @@ from fwdllama.ledger import Entry
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
 from fwdllama.step import StepState, clipped, coefficients, learning_rate
 
+ROUNDING = 1e-7  # of losses, relative, as they travel
+TINY = 0.05  # of the middle result's slopes
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -75,18 +78,50 @@ def slopes(contribution: Contribution, spec: RunSpec) -> NDArray[np.float64]:
     return slopes_of(np.array(result.plus, np.float64), minus if sided == "two" else minus[group], group, spec.eps, sided)
 
 
+def bounded_slopes(contributions: Sequence[Contribution], spec: RunSpec) -> list[NDArray[np.float64]]:
+    """Projected gradients of every result, none of which outweighs the others; the plain mean takes them as they are.
+
+    Slopes far larger than those of the middle result are scaled down. Those far smaller, or below the rounding of losses, are dropped: a
+    step divides by the slopes' mean square, so that a first round of losses which hardly differ would lead anywhere (losses that do not
+    differ at all, of half the devices, took the toy's theta to 1e8).
+    """
+    found = [slopes(contribution, spec) for contribution in contributions]
+    if spec.aggregation.rule == "mean":
+        return found
+    sizes = [float(np.sqrt(np.mean(np.square(x[np.isfinite(x)])))) if np.isfinite(x).any() else 0.0 for x in found]
+    least = [ROUNDING * max(c.result.loss, *c.result.plus) / spec.eps for c in contributions]
+    told = sorted(size for size, rounding in zip(sizes, least, strict=True) if size > rounding)
+    if not told:
+        return [np.full_like(x, np.nan) for x in found]
+    middle = told[len(told) // 2]
+    most = spec.aggregation.scale * middle
+    return [
+        np.full_like(x, np.nan) if size <= rounding or size < TINY * middle else x * min(1.0, most / size)
+        for x, size, rounding in zip(found, sizes, least, strict=True)
+    ]
+
+
 def pooled(contributions: Sequence[Contribution], spec: RunSpec) -> tuple[NDArray[np.uint64], NDArray[np.float64], NDArray[np.float64]]:
     """(seeds, slopes, weights), each (n,), one for every different seed, in the order of `contributions`."""
+    seeds = np.concatenate([c.seeds for c in contributions])
+    measured = np.concatenate(bounded_slopes(contributions, spec))
+    trusted = np.concatenate([_weights(c, spec) for c in contributions])
+    if len(np.unique(seeds)) == len(seeds):
+        return seeds, np.where(np.isfinite(measured), measured, np.nan), trusted
     by_seed: dict[int, list[tuple[float, float]]] = {}
-    per_probe = spec.train.estimator.examples_per_probe
-    for contribution in contributions:
-        late = (1.0 + contribution.lag) ** -spec.aggregation.staleness_power
-        counts = contribution.result.examples
-        for i, (seed, slope) in enumerate(zip(contribution.seeds.tolist(), slopes(contribution, spec).tolist(), strict=True)):
-            by_seed.setdefault(seed, []).append((slope, late * min(1.0, counts[i % len(counts)] / per_probe)))
+    for seed, slope, weight in zip(seeds.tolist(), measured.tolist(), trusted.tolist(), strict=True):
+        by_seed.setdefault(seed, []).append((slope, weight))
     chosen = [_one([s for s, _ in found], spec) for found in by_seed.values()]
     weights = [float(np.mean([w for _, w in found])) for found in by_seed.values()]
     return np.array(list(by_seed), np.uint64), np.array(chosen, np.float64), np.array(weights, np.float64)
+
+
+def _weights(contribution: Contribution, spec: RunSpec) -> NDArray[np.float64]:
+    """How much each seed of a result counts (n,): less when late, and when fewer examples were asked than the run wants."""
+    late = (1.0 + contribution.lag) ** -spec.aggregation.staleness_power
+    counts = np.array(contribution.result.examples, np.float64)[np.arange(len(contribution.seeds)) % len(contribution.result.examples)]
+    weights: NDArray[np.float64] = late * np.minimum(1.0, counts / spec.train.estimator.examples_per_probe)
+    return weights
 
 
 def _one(values: list[float], spec: RunSpec) -> float:

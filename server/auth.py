@@ -28,6 +28,11 @@ from .schema import devices, tokens
 
 ADMIN = "admin"
 _SECRET = re.compile("[0-9a-f]{64}")
+_ADMITTED = (
+    devices.update()
+    .where(devices.c.id == sa.bindparam("device_id"), devices.c.revoked_at.is_(None), devices.c.last_nonce < sa.bindparam("nonce"))
+    .values(last_nonce=sa.bindparam("nonce"), last_seen=sa.bindparam("now"))
+)
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,7 @@ def admit(connection: Connection, signature: Signature, now: float) -> None:
     Raises:
         Refused: 401, the device is unknown or revoked, or the nonce was used before.
     """
-    fresh = connection.execute(
-        devices.update()
-        .where(devices.c.id == signature.device, devices.c.revoked_at.is_(None), devices.c.last_nonce < signature.nonce)
-        .values(last_nonce=signature.nonce, last_seen=now)
-    )
+    fresh = connection.execute(_ADMITTED, {"device_id": signature.device, "nonce": signature.nonce, "now": now})
     if fresh.rowcount == 1:
         return
     row = connection.execute(sa.select(devices.c.revoked_at).where(devices.c.id == signature.device)).first()

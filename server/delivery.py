@@ -16,28 +16,50 @@ from .registry import Registry
 from .rounds import Lease, Round, decide, judge, n_counted
 from .schema import devices, runs, tasks, versions
 from .scoring import score_version
-from .state import Open, change, close, contributions, open_round, run_named, say, waste
+from .state import Open, change, close, contributions, new_mark, open_round, release, run_named, say, waste
+
+_TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam("task_id"), tasks.c.device == sa.bindparam("device_id"))
+_ACCEPTED = (
+    tasks.update()
+    .where(tasks.c.id == sa.bindparam("task_id"))
+    .values(counted=sa.bindparam("in_round"), result=sa.bindparam("text"), wasted=0)
+)
+_CONTRIBUTED = (
+    devices.update()
+    .where(devices.c.id == sa.bindparam("device_id"))
+    .values(
+        n_results=devices.c.n_results + 1,
+        n_probes=devices.c.n_probes + sa.bindparam("probes"),
+        n_wasted=devices.c.n_wasted - sa.bindparam("regained"),
+    )
+)
+_RECEIVED = (
+    runs.update()
+    .where(runs.c.id == sa.bindparam("run_id"))
+    .values(n_results=runs.c.n_results + 1, n_wasted=runs.c.n_wasted - sa.bindparam("regained"), mark=sa.bindparam("drawn"))
+)
 
 
 def deliver(
     connection: Connection, registry: Registry, task: str, device: str, result: TrainResult | EvaluateResult, now: float
-) -> Receipt | Refused:
-    """Take a result. A refusal is returned, not raised: that it happened is written too.
+) -> tuple[Receipt | Refused, str]:
+    """Take a result; returns the run too. A refusal is returned, not raised: that it happened is written too.
 
     Raises:
         Refused: 404, there is no such task of this device.
     """
-    row = connection.execute(sa.select(tasks).where(tasks.c.id == task, tasks.c.device == device)).first()
+    row = connection.execute(_TASK, {"task_id": task, "device_id": device}).first()
     if row is None:
         raise Refused(404, f"device {device} has no task {task}.")
     run = run_named(connection, registry, row.run)
     text = result.model_dump_json()
     if row.counted is not None:
-        return Receipt(duplicate=True) if row.result == text else Refused(409, f"another result of task {task} was accepted before.")
+        same = row.result == text
+        return Receipt(duplicate=True) if same else Refused(409, f"another result of task {task} was accepted before."), run.id
     n_seeds = run.spec.round.probes_per_task
     refusal = _refusal(connection, run, row, result, n_seeds)
     if refusal is None and isinstance(result, TrainResult):
-        current = open_round(connection, run)
+        current = open_round(connection, registry, run)
         lease = Lease(row.id, row.version, row.slot, row.device, row.leased_at, row.until)
         verdict = judge(current, run.spec.round, lease) if row.version >= 0 else None
         if row.version < 0:
@@ -46,30 +68,30 @@ def deliver(
             refusal = Refused(verdict.status, verdict.sentence)
             change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
     if refusal is not None:
-        if refusal.status == 422:  # its device has done with it, so that another need not wait for the lease to end
-            connection.execute(tasks.update().where(tasks.c.id == task).values(until=sa.case((tasks.c.until > now, now), else_=tasks.c.until)))
+        if refusal.status == 422:  # its device will not do better: the slot goes to another at once
+            current = open_round(connection, registry, run).released([task], now)
+            release(connection, registry, run, current, [task], now)
         change(connection, run.id, n_refused=runs.c.n_refused + 1)
         connection.execute(devices.update().where(devices.c.id == device).values(n_refused=devices.c.n_refused + 1))
         say(connection, run.id, "result-refused", now, {"device": device, "task": task, "status": refusal.status, "why": refusal.sentence})
-        return refusal
+        return refusal, run.id
     n_probes = n_seeds if isinstance(result, TrainResult) else 0
     counted = int(run.row.version) if isinstance(result, TrainResult) else int(row.version)
     # A lease that was counted as lost, and whose result came after all, is not.
     regained = n_probes if row.wasted else 0
-    connection.execute(tasks.update().where(tasks.c.id == task).values(counted=counted, result=text, wasted=0))
-    connection.execute(
-        devices.update()
-        .where(devices.c.id == device)
-        .values(n_results=devices.c.n_results + 1, n_probes=devices.c.n_probes + n_probes, n_wasted=devices.c.n_wasted - regained)
-    )
-    change(connection, run.id, n_results=runs.c.n_results + 1, n_wasted=runs.c.n_wasted - regained)
+    connection.execute(_ACCEPTED, {"task_id": task, "in_round": counted, "text": text})
+    connection.execute(_CONTRIBUTED, {"device_id": device, "probes": n_probes, "regained": regained})
+    mark = new_mark()
+    connection.execute(_RECEIVED, {"run_id": run.id, "regained": regained, "drawn": mark})
     if isinstance(result, TrainResult):
-        advance(connection, registry, run, current.with_result(task), now)
+        current = current.with_result(task)
+        registry.keep_round(run.id, mark, current)
+        advance(connection, registry, run, current, now)
     else:
         n_reports = score_version(connection, run, int(row.version), now)
         if run.last and row.version == run.row.version and n_reports >= run.spec.evaluation.devices:
             finish(connection, run, "the budget is used up", now)
-    return Receipt()
+    return Receipt(), run.id
 
 
 def _digest(connection: Connection, run: Open, version: int) -> str:
@@ -128,7 +150,7 @@ def tick(connection: Connection, registry: Registry, now: float) -> None:
     for id_ in connection.execute(sa.select(runs.c.id).where(runs.c.status == "open")).scalars().all():
         run = run_named(connection, registry, id_)
         row, patience = run.row, run.spec.evaluation.patience
-        current = open_round(connection, run)
+        current = open_round(connection, registry, run)
         lost = [x for x in current.leases if not x.done and x.until <= now]
         if n_lost := waste(connection, lost, run.spec.round.probes_per_task):
             change(connection, run.id, n_wasted=runs.c.n_wasted + n_lost)

@@ -20,7 +20,7 @@ from .context import MEMBERS, address, as_json, context_of, refusals
 from .delivery import deliver
 from .errors import Refused
 from .registry import ledger_page
-from .schema import devices, runs, tasks
+from .schema import devices, runs
 from .state import run_named, say
 from .view import run_view
 
@@ -93,10 +93,9 @@ async def deliver_route(request: Request, task: TaskName, delivery: Annotated[m.
     context = context_of(request)
 
     def act(connection: Connection, device: str) -> m.Receipt | Refused:
-        receipt = deliver(connection, context.registry, task, device, delivery.result, context.now())
+        receipt, run = deliver(connection, context.registry, task, device, delivery.result, context.now())
         if isinstance(receipt, Refused) or delivery.checkin is None:
             return receipt
-        run = run_of_task(connection, task)
         found = run_named(connection, context.registry, run)
         active = context.n_active(connection)
         following = check_in(connection, context.registry, found, device, delivery.checkin, active, context.now())
@@ -105,11 +104,6 @@ async def deliver_route(request: Request, task: TaskName, delivery: Annotated[m.
     answer = await context.signed(request, act)
     assert isinstance(answer, m.Receipt)  # a refusal was raised
     return as_json(answer)
-
-
-def run_of_task(connection: Connection, task: str) -> str:
-    """The id of the run that a task belongs to."""
-    return str(connection.execute(sa.select(tasks.c.run).where(tasks.c.id == task)).scalar_one())
 
 
 @router.get("/runs/{run}/ledger", response_class=Response, responses={**OCTETS, **refusals(401, 404, 422, 429)})

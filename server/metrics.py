@@ -96,7 +96,7 @@ def _runs(connection: Connection, registry: Registry, now: float) -> list[Metric
             best.add_metric(labels, row.best_loss)
         if row.status == "open":
             run = run_named(connection, registry, row.id)
-            current = open_round(connection, run)
+            current = open_round(connection, registry, run)
             counted.add_metric(labels, n_counted(current, run.spec.round))
             wanted.add_metric(labels, row.wanted)
             leased.add_metric(labels, n_leased(current, run.spec.round, now))

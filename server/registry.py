@@ -21,6 +21,7 @@ from fwdllama.federation.spec import RunSpec
 from fwdllama.ledger import Entry, read_page, replay
 
 from .errors import Refused
+from .rounds import Round
 from .schema import blobs, entries, runs, versions
 
 SNAPSHOT_EVERY = 16  # versions; replaying as many takes about half a second for SmolLM2
@@ -44,6 +45,7 @@ class Registry:
         self._specs: dict[str, RunSpec] = {}
         self._origins: OrderedDict[str, Origin] = OrderedDict()
         self._held: OrderedDict[str, Held] = OrderedDict()
+        self._rounds: dict[str, tuple[int, Round]] = {}
         self._lock = threading.RLock()
 
     def spec(self, connection: Connection, run: str) -> RunSpec:
@@ -52,6 +54,15 @@ class Registry:
             text = connection.execute(sa.select(runs.c.spec).where(runs.c.id == run)).scalar_one()
             self._specs[run] = RunSpec.model_validate_json(text)
         return self._specs[run]
+
+    def round(self, run: str, version: int, mark: int) -> Round | None:
+        """The open round, if what is remembered of it is what has this mark."""
+        known = self._rounds.get(run)
+        return known[1] if known is not None and known[0] == mark and known[1].number == version else None
+
+    def keep_round(self, run: str, mark: int, current: Round) -> None:
+        """Remember the open round by its mark."""
+        self._rounds[run] = (mark, current)
 
     def origin(self, connection: Connection, run: str) -> Origin:
         """What the run starts from."""

@@ -28,7 +28,7 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
     facts = {"run": str(row.name), "round": latest, "to": version, "n_probes": 0, "n_devices": 0}
     digest, _ = append(connection, row, restoring(latest, version), theta, now, facts)
     add_version(connection, run.id, latest + 1, parent=version, theta_digest=digest, created_at=now, n_probes=0, n_devices=0)
-    current = open_round(connection, run)
+    current = open_round(connection, registry, run)
     lost = [x for x in current.leases if not x.done or x.counted == current.number]
     change(
         connection,

@@ -8,7 +8,9 @@ still welcome as long as nobody else has delivered the slot.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from fwdllama.federation.spec import RoundConfig
@@ -50,13 +52,51 @@ class Round:
     extensions: int = 0
     leases: tuple[Lease, ...] = ()
 
+    @cached_property
+    def slots(self) -> Mapping[tuple[int, int], tuple[Lease, ...]]:
+        """Leases by round and slot, in the order of `leases`."""
+        found: dict[tuple[int, int], tuple[Lease, ...]] = {}
+        for lease in self.leases:
+            place = (lease.round, lease.slot)
+            found[place] = (*found.get(place, ()), lease)
+        return found
+
+    @cached_property
+    def counted(self) -> Mapping[tuple[int, int], int]:
+        """How many results count in this round, by round and slot."""
+        return Counter((lease.round, lease.slot) for lease in self.leases if lease.counted == self.number)
+
     def with_lease(self, lease: Lease) -> Round:
         """The round with one more lease."""
-        return replace(self, leases=(*self.leases, lease))
+        place = (lease.round, lease.slot)
+        return self._changed((*self.leases, lease), {**self.slots, place: (*self.slots.get(place, ()), lease)}, self.counted)
 
     def with_result(self, task: str) -> Round:
         """The round after the result of `task` was accepted."""
-        return replace(self, leases=tuple(replace(x, counted=self.number) if x.task == task else x for x in self.leases))
+        at, before = next((i, x) for i, x in enumerate(self.leases) if x.task == task)
+        after = replace(before, counted=self.number)
+        place = (before.round, before.slot)
+        changed = tuple(after if x.task == task else x for x in self.slots[place])
+        counted = {**self.counted, place: self.counted.get(place, 0) + 1}
+        return self._changed((*self.leases[:at], after, *self.leases[at + 1 :]), {**self.slots, place: changed}, counted)
+
+    def released(self, tasks: Collection[str], now: float) -> Round:
+        """The round after the leases of `tasks` ended; a result that comes all the same is as welcome as after any lease."""
+        return replace(self, leases=tuple(replace(x, until=now) if x.task in tasks else x for x in self.leases))
+
+    def under(self, wanted: int, deadline: float, extensions: int) -> Round:
+        """The round with these terms."""
+        found = replace(self, wanted=wanted, deadline=deadline, extensions=extensions)
+        found.__dict__.update(slots=self.slots, counted=self.counted)
+        return found
+
+    def _changed(
+        self, leases: tuple[Lease, ...], slots: Mapping[tuple[int, int], tuple[Lease, ...]], counted: Mapping[tuple[int, int], int]
+    ) -> Round:
+        """With other leases, and what follows from them not computed anew: a round may have hundreds, and changes with each request."""
+        found = replace(self, leases=leases)
+        found.__dict__.update(slots=slots, counted=counted)
+        return found
 
 
 def n_slots(config: RoundConfig, wanted: int) -> int:
@@ -66,22 +106,24 @@ def n_slots(config: RoundConfig, wanted: int) -> int:
 
 def free_slot(current: Round, config: RoundConfig, device: str, now: float) -> int | None:
     """The slot that `device` should be given, None when there is nothing for it."""
-    own = [lease for lease in current.leases if lease.round == current.number]
-    taken = Counter(lease.slot for lease in own if lease.done or lease.active(now))
-    mine = {lease.slot for lease in own if lease.device == device and (lease.done or config.copies > 1)}
     limit = n_slots(config, int(-(-current.wanted * config.over_selection // 1)))
     if config.staleness:
         limit *= AHEAD
     for slot in range(limit):
-        if taken[slot] < config.copies and slot not in mine:
+        given = current.slots.get((current.number, slot), ())
+        taken = 0
+        for lease in given:
+            taken += lease.counted is not None or now < lease.until  # done or active; this loop is the hottest of the server
+        if taken >= config.copies:
+            continue
+        if not any(lease.device == device and (lease.done or config.copies > 1) for lease in given):
             return slot
     return None
 
 
 def n_counted(current: Round, config: RoundConfig) -> int:
     """Probes whose results count in this round: slots that all their copies have answered."""
-    done = Counter((lease.round, lease.slot) for lease in current.leases if lease.counted == current.number)
-    return config.probes_per_task * sum(1 for copies in done.values() if copies >= config.copies)
+    return config.probes_per_task * sum(1 for copies in current.counted.values() if copies >= config.copies)
 
 
 def n_leased(current: Round, config: RoundConfig, now: float) -> int:
@@ -102,7 +144,7 @@ def judge(current: Round, config: RoundConfig, lease: Lease) -> Refusal | None:
     late = current.number - lease.round
     if late > config.staleness:
         return Refusal(409, f"stale: the task was for version {lease.round}, and the run is at version {current.number}.")
-    rivals = sum(1 for x in current.leases if (x.round, x.slot) == (lease.round, lease.slot) and x.done and x.task != lease.task)
+    rivals = sum(1 for x in current.slots.get((lease.round, lease.slot), ()) if x.done and x.task != lease.task)
     if rivals >= config.copies:
         return Refusal(410, f"late: the lease ended and another device has delivered slot {lease.slot} of round {lease.round}.")
     return None

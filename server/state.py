@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,15 +32,16 @@ from .store import later
 
 log = logging.getLogger("fwdllama.server.events")
 
-LEASE_COLUMNS = (
-    tasks.c.id,
-    tasks.c.version,
-    tasks.c.slot,
-    tasks.c.device,
-    tasks.c.leased_at,
-    tasks.c.until,
-    tasks.c.counted,
+# Statements of every request are made once: making one costs more than executing it.
+LEASES = sa.select(tasks.c.id, tasks.c.version, tasks.c.slot, tasks.c.device, tasks.c.leased_at, tasks.c.until, tasks.c.counted)
+_LEASES = (
+    LEASES.where(tasks.c.run == sa.bindparam("run_id"), tasks.c.kind == "train", tasks.c.version >= sa.bindparam("oldest"))
+    .order_by(tasks.c.version, tasks.c.slot, tasks.c.leased_at)
 )
+_COLUMNS = [column for column in runs.c if column.name != "spec"]  # which never changes, and is long
+_BY_ID = sa.select(*_COLUMNS).where(runs.c.id == sa.bindparam("named"))
+_BY_NAME = sa.select(*_COLUMNS).where(runs.c.name == sa.bindparam("named"))
+_MARKED = runs.update().where(runs.c.id == sa.bindparam("run_id")).values(mark=sa.bindparam("drawn"))
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ def run_named(connection: Connection, registry: Registry, named: str) -> Open:
     Raises:
         Refused: 404, there is none.
     """
-    row = connection.execute(sa.select(runs).where(runs.c.id == named)).first()
-    row = row or connection.execute(sa.select(runs).where(runs.c.name == named)).first()
+    row = connection.execute(_BY_ID, {"named": named}).first() or connection.execute(_BY_NAME, {"named": named}).first()
     if row is None:
         raise Refused(404, f"there is no run {named!r}.")
     return Open(row, registry.spec(connection, row.id))
@@ -94,18 +95,35 @@ def change(connection: Connection, run: str, **values: Any) -> None:
     connection.execute(runs.update().where(runs.c.id == run).values(**values))
 
 
-def open_round(connection: Connection, run: Open) -> Round:
+def open_round(connection: Connection, registry: Registry, run: Open) -> Round:
     """The round as the state machine knows it."""
     row = run.row
-    version = int(row.version)
-    oldest = version - run.spec.round.staleness
-    found = connection.execute(
-        sa.select(*LEASE_COLUMNS)
-        .where(tasks.c.run == row.id, tasks.c.kind == "train", tasks.c.version >= oldest)
-        .order_by(tasks.c.version, tasks.c.slot, tasks.c.leased_at)
-    )
-    leases = tuple(Lease(x.id, x.version, x.slot, x.device, x.leased_at, x.until, x.counted) for x in found)
-    return Round(version, int(row.wanted), float(row.deadline), int(row.extensions), leases)
+    version, terms = int(row.version), (int(row.wanted), float(row.deadline), int(row.extensions))
+    known = registry.round(run.id, version, int(row.mark))
+    if known is not None:
+        return known.under(*terms)
+    found = connection.execute(_LEASES, {"run_id": row.id, "oldest": version - run.spec.round.staleness})
+    current = Round(version, *terms, tuple(Lease(*x) for x in found))
+    registry.keep_round(run.id, int(row.mark), current)
+    return current
+
+
+def new_mark() -> int:
+    """A mark for a round whose leases change. Drawn, not counted: of a change that was rolled back none may be mistaken for the next."""
+    return random.getrandbits(62)
+
+
+def marked(connection: Connection, registry: Registry, run: Open, current: Round) -> None:
+    """Mark the round as changed, and remember what it is now."""
+    mark = new_mark()
+    connection.execute(_MARKED, {"run_id": run.id, "drawn": mark})
+    registry.keep_round(run.id, mark, current)
+
+
+def release(connection: Connection, registry: Registry, run: Open, current: Round, ended: Sequence[str], now: float) -> None:
+    """End leases before their time, so that their slots are handed on at once; `current` is the round without them."""
+    connection.execute(tasks.update().where(tasks.c.id.in_(ended)).values(until=now))
+    marked(connection, registry, run, current)
 
 
 def slot_seeds(registry: Registry, connection: Connection, run: Open, version: int, slot: int) -> list[int]:
@@ -113,7 +131,7 @@ def slot_seeds(registry: Registry, connection: Connection, run: Open, version: i
     config, n = run.spec.train, run.spec.round.probes_per_task
     sampler = Sampler(config.seed, config.step.candidates)
     update = registry.held(connection, run.id, version).update if config.step.candidates > 1 else None
-    return [sampler.seed(version, slot * n + i, update) for i in range(n)]
+    return sampler.seeds(version, slot * n, n, update)
 
 
 def contributions(connection: Connection, registry: Registry, run: Open, current: Round) -> list[aggregate.Contribution]:
@@ -213,9 +231,10 @@ def append(
 
 
 def _waste(connection: Connection, run: Open, current: Round, version: int) -> int:
-    """Count leases that can no longer count as lost, once; returns their probes."""
+    """Count leases that can no longer count as lost, once, and results in slots that lack copies; returns their probes."""
     config = run.spec.round
     lost = [x for x in current.leases if not x.done and x.round < version - config.staleness]
+    lost += [x for x in current.leases if x.counted == current.number and current.counted[(x.round, x.slot)] < config.copies]
     return waste(connection, lost, config.probes_per_task)
 
 

@@ -122,15 +122,16 @@ class Store:
                 notices = connection.info[_NOTICES] = []
                 for act, future in batch:
                     so_far = len(notices)
+                    connection.exec_driver_sql("SAVEPOINT act")
                     try:
-                        with connection.begin_nested():
-                            value = act(connection)
-                        done.append((future, value, None))
+                        done.append((future, act(connection), None))
                     except sa.exc.OperationalError:
                         raise
                     except Exception as error:  # noqa: BLE001 - it belongs to the request, whose answer it becomes
+                        connection.exec_driver_sql("ROLLBACK TO SAVEPOINT act")
                         del notices[so_far:]
                         done.append((future, None, error))
+                    connection.exec_driver_sql("RELEASE SAVEPOINT act")
         except Exception as error:
             log.exception("a commit failed")
             done, notices = [(future, None, error) for _, future in batch], []

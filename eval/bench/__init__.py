@@ -11,5 +11,6 @@ directions      a direction for each example against one for the whole batch
 costs           of a probe, of memory, of starting
 plan            planned memory against measured
 safety          equal ledgers, and runs that are killed
+federation      an aggregator under load, killed, lied to
 backprop        exact gradients in torch; the opponent, and a tool of development
 """

@@ -25,8 +25,10 @@ MODEL = "smollm2-135m"
 def all_items() -> tuple[Item, ...]:
     """What the bench measures, in this order: later items look at what earlier ones trained."""
     from . import backprop_race, costs, directions, plan, runs, safety
+    from .federation import dropout, hostile, kill, load
 
-    return (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM)
+    training = (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM)
+    return (*training, *load.ITEMS, *kill.ITEMS, *dropout.ITEMS, *hostile.ITEMS)
 
 
 def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:
@@ -61,7 +63,7 @@ def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:
     ) -> None:
         """Measure training against its bars: quality, speed, memory and safety, on this machine.
 
-        Everything takes about two hours on two cores. A result is written as soon as there is one.
+        Everything takes about two hours and a half on two cores. A result is written as soon as there is one.
         """
         from rich.console import Console
 
@@ -73,7 +75,7 @@ def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:
         chosen = select(names or [], known)
         if list_items:
             for item in chosen:
-                typer.echo(f"{item.name:18} {item.minutes:4g} min  {item.what}; {item.bar}")
+                typer.echo(f"{item.name:26} {item.minutes:4g} min  {item.what}; {item.bar}")
             return
         check_options(out, markdown, seconds_scale)
         work = out.with_suffix("")

@@ -19,7 +19,7 @@ TRAIN_FILE, DEV_FILE = "squad-train-4000.json.gz", "squad-dev-sample.json.gz"
 MARK = ".fwdllama-bench"  # in a folder that a bench made, and may empty
 
 Figures = Mapping[str, Any]  # plain values, as JSON holds them
-Need = Literal["data", "int4", "torch"]
+Need = Literal["data", "int4", "torch", "server", "postgresql"]
 
 
 class BenchError(FwdllamaError):
@@ -112,6 +112,7 @@ class Item:
     needs: tuple[Need, ...]
     minutes: float
     measure: Callable[[Bench], Measured]
+    model: bool = True  # whether the bench's base model is needed
 
     @property
     def bar(self) -> str:
@@ -124,7 +125,7 @@ class Item:
 
     def lacking(self, bench: Bench) -> str | None:
         """Why it cannot be measured here, in one sentence; None where it can."""
-        return next((reason for need in ("model", *self.needs) if (reason := _REASONS[need](bench))), None)
+        return next((reason for need in (*(["model"] if self.model else []), *self.needs) if (reason := _REASONS[need](bench))), None)
 
 
 def int4_of(model: str) -> str | None:
@@ -165,11 +166,25 @@ def _torch_lacking(bench: Bench) -> str | None:
     return None if find_spec("torch") else "torch is not installed; `pip install 'fwdllama[bench]'` brings it."
 
 
+def _server_lacking(bench: Bench) -> str | None:
+    return None if find_spec("uvicorn") else "the aggregator is not installed; `pip install 'fwdllama[server]'` brings it."
+
+
+def _postgresql_lacking(bench: Bench) -> str | None:
+    from .federation.postgresql import binaries
+
+    if not find_spec("psycopg"):
+        return "psycopg is not installed; `pip install 'fwdllama[postgresql]'` brings it."
+    return None if binaries() else "there is no PostgreSQL here; on Debian `apt-get install postgresql` brings it."
+
+
 _REASONS: Mapping[str, Callable[[Bench], str | None]] = {
     "model": lambda bench: _model_lacking(bench.model),
     "int4": _int4_lacking,
     "data": _data_lacking,
     "torch": _torch_lacking,
+    "server": _server_lacking,
+    "postgresql": _postgresql_lacking,
 }
 
 

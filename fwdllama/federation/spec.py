@@ -52,7 +52,8 @@ class AggregationConfig(Section):
 
     rule: Literal["clip", "mean", "median", "trimmed"] = "clip"  # the last two are over the `copies` of a seed
     width: PositiveFloat = 3.0  # clip: median absolute deviations (normal-consistent) around the median
-    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.25  # trimmed: dropped at either end
+    scale: PositiveFloat = 2.0  # all but mean: a result's slopes are at most so many times those of the middle result
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.34  # trimmed: dropped at either end; one of three
     staleness_power: Annotated[float, Field(ge=0)] = 0.5  # a result s rounds late weighs (1 + s) ** -power
     max_loss: PositiveFloat = 50.0  # nats per token; a uniform guess among 262,144 tokens costs 12.5
 
@@ -83,6 +84,9 @@ class RunSpec(Section):
     def _supported(self) -> Self:
         if self.aggregation.rule in ("median", "trimmed") and self.round.copies < 3:
             raise ValueError(f"rule {self.aggregation.rule!r} needs copies of at least 3, not {self.round.copies}")
+        if self.aggregation.rule == "trimmed" and int(self.aggregation.trim * self.round.copies) < 1:
+            least = 1 / self.round.copies
+            raise ValueError(f"trim {self.aggregation.trim:g} of {self.round.copies} copies drops none; it must be at least {least:.3g}")
         if self.train.budget.seconds is not None:
             raise ValueError("budget.seconds has no meaning in a federated run; give steps (rounds) or probes")
         return self
