@@ -3,7 +3,7 @@
 #   ARGS=...     further arguments for the command that a target runs, e.g. make test ARGS="-k ledger"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo check test test-model test-api test-browser bench clean
+.PHONY: help setup model demo demo-local check test test-model test-api test-browser bench clean
 
 PY := .venv/bin/python
 FWDLLAMA := .venv/bin/fwdllama
@@ -21,8 +21,11 @@ setup: .venv/.ready ## Make .venv and compile llama.cpp into it (about 4 minutes
 model: setup ## Fetch and verify the small model (93 MB)
 	@$(FWDLLAMA) model fetch $(MODEL)
 
-demo: model ## Fine-tune the small model on the bundled questions, before and after (6 minutes on 2 cores)
+demo: model ## Let an aggregator and two devices fine-tune the small model, before and after (6 minutes on 2 cores)
 	@$(FWDLLAMA) demo $(ARGS)
+
+demo-local: model ## Fine-tune the small model alone on the same questions (4 minutes on 2 cores)
+	@$(FWDLLAMA) demo-local $(ARGS)
 
 check: setup ## Lint, check types and the architecture
 	@.venv/bin/ruff check .
