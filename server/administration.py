@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Security
-from pydantic import Field
 from sqlalchemy.engine import Connection
 from starlette.responses import Response
 
-from fwdllama.config import Section
 from fwdllama.federation import message as m
 from fwdllama.federation.spec import RunSpec
 
 from .aggregate import wanted
 from .audit import record
 from .auth import ADMIN, hashed
-from .context import BEARER, Context, as_json, context_of, refusals
+from .context import BEARER, Context, as_json, as_list, context_of, refusals
 from .delivery import finish
 from .devices import RunName
 from .errors import Refused
+from .message import Device, NewToken, Progress, Record, Rollback, Round, Token
 from .registry import add_version, checked_origin, store_blob
 from .rollback import rolled_back
 from .rounds import n_counted, n_leased
@@ -41,99 +40,6 @@ router = APIRouter(prefix="/v1", tags=["administration"], dependencies=[Security
 Limit = Annotated[int, Query(ge=1, le=1000)]
 From = Annotated[int, Query(alias="from", ge=0, lt=1 << 31)]
 Name = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-
-
-class Rollback(Section):
-    """The version to go back to."""
-
-    version: Annotated[int, Field(ge=0, lt=1 << 31)]
-
-
-class NewToken(Section):
-    """An enrolment token to be made. uses: None for any number; expires_s: None for never."""
-
-    name: m.Label = "devices"
-    uses: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    expires_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
-
-
-class Token(Section):
-    """An enrolment token; `token` itself is told once, when it is made."""
-
-    id: str
-    name: str
-    uses_left: int | None
-    expires_at: float | None
-    created_at: float
-    revoked_at: float | None = None
-    token: str | None = None
-
-
-class Device(Section):
-    """A device and what it has done."""
-
-    device: str
-    name: str
-    enrolled_at: float
-    last_seen: float
-    revoked_at: float | None
-    battery: float | None
-    charging: bool | None
-    memory_bytes: int | None
-    n_results: int
-    n_probes: int
-    n_refused: int
-    n_wasted: int
-
-
-class Progress(Section):
-    """Where the open round stands, in probes, and the run's totals."""
-
-    run: str
-    status: str
-    version: int
-    probes: int
-    wanted: int
-    leased: int
-    deadline: float
-    n_probes: int
-    n_results: int
-    n_refused: int
-    n_wasted: int
-    best_version: int | None
-    best_loss: float | None
-
-
-class Record(Section):
-    """A record of the audit log."""
-
-    seq: int
-    at: float
-    actor: str
-    act: str
-    data: dict[str, Any]
-    hash: str
-
-
-class Round(Section):
-    """A closed round."""
-
-    round: int
-    closed_at: float
-    duration_s: float | None = None
-    n_probes: int
-    n_wanted: int | None = None
-    n_devices: int
-    n_results: int | None = None
-    loss: float | None = None
-    gradient_rms: float | None = None
-    lr: float | None = None
-    restored: int | None = None  # the version that a roll-back went to
-
-
-def as_list(found: Sequence[Section]) -> Response:
-    """Messages as an answer."""
-    return Response(json.dumps([item.model_dump(mode="json") for item in found]), media_type="application/json")
 
 
 @router.post("/runs", status_code=201, response_model=m.Run, responses=refusals(401, 409, 413, 422, 429))
@@ -220,7 +126,7 @@ async def finish_run(request: Request, run: RunName) -> Response:
     """End a run; its versions stay."""
 
     def act(connection: Connection, context: Context, found: Open) -> dict[str, Any]:
-        finish(connection, found, "by an administrator", context.now())
+        finish(connection, context.registry, found, "by an administrator", context.now())
         return {}
 
     return await _changed(request, run, "run-finished", act)

@@ -139,7 +139,8 @@ def _first_token(context: Context) -> str | None:
     """An enrolment token, where none was ever made."""
     import sqlalchemy as sa
 
-    from ..administration import NewToken, new_token
+    from ..administration import new_token
+    from ..message import NewToken
     from ..schema import tokens
 
     def make(connection: sa.Connection) -> str | None:
