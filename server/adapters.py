@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from starlette.responses import Response
 
 from fwdllama.federation import message as m
 
-from .context import MEMBERS, Context, context_of, refusals
+from .context import MEMBERS, Context, as_list, context_of, neighbourhood, refusals
 from .devices import OCTETS, RunName
 from .download import download, not_modified
 from .errors import Refused
@@ -40,6 +39,7 @@ async def _readable(request: Request, run: str) -> None:
     if request.headers.get("authorization") is None and "x-fwdllama-device" not in request.headers:
         public = await context.store.read(lambda c: _is_public(c, context, run))
         if public:
+            context.rates.spend(neighbourhood(request), context.now())
             return
     await context.any_member(request, lambda c: run_named(c, context.registry, run).id)
 
@@ -66,7 +66,7 @@ async def list_versions(
         return version_views(connection, run_named(connection, context.registry, run).row, from_, from_ + limit)
 
     found = await context.store.read(act)
-    return Response(json.dumps([version.model_dump(mode="json") for version in found]), media_type="application/json")
+    return as_list(found)
 
 
 @router.get("/runs/{run}/versions/{version}", response_model=m.Version, responses=refusals(401, 404, 422, 429))
@@ -102,15 +102,16 @@ async def adapter_file(request: Request, run: RunName, version: VersionName) -> 
     run_id, name, number, sha256, scope = await context.store.read(known)
     if sha256 is not None and (same := not_modified(request, f'"{sha256}"')) is not None:
         return same
-    data = _files.get(sha256 or "")
-    if data is None:
-        data = await context.store.read(lambda c: context.registry.file(c, run_id, number))
-        sha256 = hashlib.sha256(data).hexdigest()
-        at = (versions.c.run == run_id) & (versions.c.version == number)
-        await context.store.write(lambda c: c.execute(versions.update().where(at).values(adapter_sha256=sha256)).rowcount)
-        _files[sha256] = data
-        while len(_files) > KEPT_FILES:
-            _files.popitem(last=False)
+    async with context.making:  # an old version is the replay of a long ledger: one at a time, so that there are threads for other requests
+        data = _files.get(sha256 or "")
+        if data is None:
+            data = await context.store.read(lambda c: context.registry.file(c, run_id, number))
+            made = sha256 = hashlib.sha256(data).hexdigest()
+            at = (versions.c.run == run_id) & (versions.c.version == number)
+            await context.store.write(lambda c: c.execute(versions.update().where(at).values(adapter_sha256=made)).rowcount)
+            _files[sha256] = data
+            while len(_files) > KEPT_FILES:
+                _files.popitem(last=False)
     headers = {
         "content-disposition": f'attachment; filename="{name}-v{number}.gguf"',
         "x-fwdllama-version": str(number),
@@ -128,16 +129,13 @@ async def blob(request: Request, sha256: Sha256) -> Response:
     """Bytes by their hash: initial adapters, and theta of snapshots."""
     context = context_of(request)
 
-    def read(connection: Connection) -> tuple[bytes, bool] | None:
-        row = connection.execute(sa.select(blobs.c.data, blobs.c.public).where(blobs.c.sha256 == sha256)).first()
-        return None if row is None else (row.data, bool(row.public))
-
-    found = await context.store.read(read)
-    if found is None or not found[1]:
-        await context.any_member(request, lambda c: None)
-    if found is None:
+    at = blobs.c.sha256 == sha256
+    if not await context.store.read(lambda c: c.execute(sa.select(blobs.c.public).where(at)).scalar()):
+        await context.any_member(request, lambda c: None)  # before any of it is read
+    data = await context.store.read(lambda c: c.execute(sa.select(blobs.c.data).where(at)).scalar())
+    if data is None:
         raise Refused(404, f"there is no blob sha256:{sha256}.")
-    return download(request, found[0], f'"{sha256}"', "application/octet-stream", {"cache-control": "private, max-age=31536000, immutable"})
+    return download(request, data, f'"{sha256}"', "application/octet-stream", {"cache-control": "private, max-age=31536000, immutable"})
 
 
 @router.put("/blobs/sha256:{sha256}", status_code=201, response_class=Response, responses=refusals(401, 409, 413, 422, 429))

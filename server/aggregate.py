@@ -20,6 +20,7 @@ from fwdllama.pacing import Fixed, Pacing, VarianceGate
 from fwdllama.step import StepState, clipped, coefficients, learning_rate
 
 ROUNDING = 1e-7  # of losses, relative, as they travel
+LEAST_LOSS = 1e-6  # nats; of a smaller one float32 logits say nothing
 TINY = 0.05  # of the middle result's slopes
 
 
@@ -89,7 +90,7 @@ def bounded_slopes(contributions: Sequence[Contribution], spec: RunSpec) -> list
     if spec.aggregation.rule == "mean":
         return found
     sizes = [float(np.sqrt(np.mean(np.square(x[np.isfinite(x)])))) if np.isfinite(x).any() else 0.0 for x in found]
-    least = [ROUNDING * max(c.result.loss, *c.result.plus) / spec.eps for c in contributions]
+    least = [ROUNDING * max(LEAST_LOSS, c.result.loss, *c.result.plus) / spec.eps for c in contributions]
     told = sorted(size for size, rounding in zip(sizes, least, strict=True) if size > rounding)
     if not told:
         return [np.full_like(x, np.nan) for x in found]
@@ -148,7 +149,9 @@ def merge(contributions: Sequence[Contribution], spec: RunSpec, learner: Learner
     running = StepState(learner.mean_square).updated(usable)
     step = spec.train.step
     lr = learning_rate(step.lr, fraction=fraction, final=step.final_lr, n_probes=learner.n_probes, half_life=step.half_life)
-    values = coefficients(limited * weights, lr, running.mean_square or 0.0, spec.train.estimator.examples_per_probe)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = coefficients(limited * weights, lr, running.mean_square or 0.0, spec.train.estimator.examples_per_probe)
+    values[~np.isfinite(values)] = 0.0  # slopes so small that dividing by their square overflows, which only the rule `mean` lets through
     per_probe = spec.train.estimator.examples_per_probe
     n_examples = [sum(min(n, per_probe) for n in c.result.examples) for c in contributions]
     return Merged(

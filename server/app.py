@@ -45,6 +45,8 @@ def create_app(context: Context) -> FastAPI:
         version="1",
         description="Hands out seeds, merges losses, keeps the ledger, serves adapters. docs/protocol.md explains the order of things.",
         lifespan=lifespan,
+        docs_url=None,  # its pages run scripts from elsewhere, at the address whose page holds the administrator's key
+        redoc_url=None,
     )
     app.state.context = context
     app.add_middleware(BodyLimit, limits=context.limits)

@@ -21,6 +21,7 @@ CHECK_INS_PER_S = 50  # that waiting devices should cause together
 EXCHANGE_S = 0.5
 RESTING_S = 60.0  # before a device that must not work is heard of again
 _LEASED = tasks.insert()
+_EMPTY = tasks.c.result.like('%"n_examples":0,%').label("empty")  # a score of no examples
 _ABOUT = (
     devices.update()
     .where(devices.c.id == sa.bindparam("device_id"))
@@ -125,13 +126,14 @@ def _evaluation(connection: Connection, run: Open, device: str, now: float) -> T
     The same devices are asked every time, as far as they are there: losses on different questions do not compare.
     """
     given = connection.execute(
-        LEASES.where(tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(run.row.version))
+        LEASES.add_columns(_EMPTY).where(tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(run.row.version))
     ).all()
-    mine = next((lease for lease in (Lease(*x) for x in given) if lease.device == device and lease.active(now)), None)
+    mine = next((lease for lease in (Lease(*x[:-1]) for x in given) if lease.device == device and lease.active(now)), None)
     if mine is not None:
         return _task(run, mine, "evaluate", [], now)
-    taken = {x.device for x in given if x.counted is not None or now < x.until}
-    if device in taken or len(taken) >= run.spec.evaluation.devices:
+    answered = {x.device for x in given if x.counted is not None}
+    taken = {x.device for x in given if not x.empty and (x.counted is not None or now < x.until)}
+    if device in answered | taken or len(taken) >= run.spec.evaluation.devices:
         return None
     panel = connection.execute(
         sa.select(tasks.c.device)
@@ -140,6 +142,7 @@ def _evaluation(connection: Connection, run: Open, device: str, now: float) -> T
             tasks.c.run == run.id,
             tasks.c.kind == "evaluate",
             tasks.c.counted.is_not(None),
+            ~_EMPTY,
             devices.c.last_seen > now - ACTIVE_S,
             devices.c.revoked_at.is_(None),
         )

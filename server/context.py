@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -55,6 +57,7 @@ class Context:
     registry: Registry = field(default_factory=Registry)
     requests: Requests = field(default_factory=Requests)
     stopping: bool = False
+    making: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while an adapter's file is made
 
     def __post_init__(self) -> None:
         self.rates = Bucket(self.limits.requests_per_s)
@@ -70,7 +73,7 @@ class Context:
         return self._active[1]
 
     async def signed(self, request: Request, act: Callable[[Connection, str], T]) -> T:
-        """Check a device's signature, then `act` in the transaction that uses its nonce up.
+        """Check a device's signature, then `act` in the transaction that uses its nonce up; what `act` writes before it refuses stays.
 
         Raises:
             Refused: 401, or whatever `act` refuses, raised or returned.
@@ -79,13 +82,17 @@ class Context:
         try:
             signature: Signature = verified(request, await request.body(), self.secrets, now)
         except Refused:
-            self.newcomers.spend(address(request), now)
+            self.newcomers.spend(neighbourhood(request), now)
             raise
+        request.state.device = signature.device
         self.rates.spend(signature.device, now)
 
-        def admitted(connection: Connection) -> T:
+        def admitted(connection: Connection) -> T | Refused:
             admit(connection, signature, now)
-            return act(connection, signature.device)
+            try:
+                return act(connection, signature.device)
+            except Refused as refusal:  # returned, because raising would give the nonce back, and the request could be sent again
+                return refusal
 
         answer = await self.store.write(admitted)
         if isinstance(answer, Refused):
@@ -99,7 +106,7 @@ class Context:
             Refused: 401.
         """
         if not is_admin(request, self.secrets):
-            self.newcomers.spend(address(request), self.now())
+            self.newcomers.spend(neighbourhood(request), self.now())
             raise Refused(401, "this needs the administrator's key: Authorization: Bearer KEY.", {"www-authenticate": "Bearer"})
 
     async def any_member(self, request: Request, act: Callable[[Connection], T]) -> T:
@@ -121,13 +128,30 @@ def is_local(request: Request) -> bool:
 
 
 def address(request: Request) -> str:
-    """Where a request comes from, for rates."""
+    """Where a request comes from."""
     return request.client.host if request.client else "unknown"
+
+
+def neighbourhood(request: Request) -> str:
+    """Where a request comes from, for rates: of IPv6 the network, of whose 2**64 addresses a client could use a new one each time."""
+    found = address(request)
+    try:
+        parsed = ipaddress.ip_address(found.partition("%")[0])
+    except ValueError:
+        return found
+    if parsed.version == 4 or parsed.ipv4_mapped is not None:
+        return found
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
 def as_json(model: BaseModel, status: int = 200) -> Response:
     """A message as an answer, without the second validation that the framework would make."""
     return Response(model.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def as_list(models: Sequence[BaseModel]) -> Response:
+    """Messages as an answer."""
+    return Response(json.dumps([model.model_dump(mode="json") for model in models]), media_type="application/json")
 
 
 def context_of(request: Request) -> Context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,6 +18,8 @@ from .rounds import Lease, Round, decide, judge, n_counted
 from .schema import devices, runs, tasks, versions
 from .scoring import score_version
 from .state import Open, change, close, contributions, new_mark, open_round, release, run_named, say, waste
+
+log = logging.getLogger("fwdllama.server")
 
 _TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam("task_id"), tasks.c.device == sa.bindparam("device_id"))
 _ACCEPTED = (
@@ -64,6 +67,9 @@ def deliver(
         verdict = judge(current, run.spec.round, lease) if row.version >= 0 else None
         if row.version < 0:
             refusal = Refused(409, "stale: the run was taken back to an earlier version meanwhile.")
+        elif run.last:  # however stale results may be, there is no round left that it could count in
+            refusal = Refused(410, f"late: the budget of run {run.row.name} is used up.")
+            change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
         elif verdict is not None:
             refusal = Refused(verdict.status, verdict.sentence)
             change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
@@ -90,7 +96,7 @@ def deliver(
     else:
         n_reports = score_version(connection, run, int(row.version), now)
         if run.last and row.version == run.row.version and n_reports >= run.spec.evaluation.devices:
-            finish(connection, run, "the budget is used up", now)
+            finish(connection, registry, run, "the budget is used up", now)
     return Receipt(), run.id
 
 
@@ -138,9 +144,10 @@ def advance(connection: Connection, registry: Registry, run: Open, current: Roun
         say(connection, run.id, "round-abandoned", now, {"run": run.row.name, "round": current.number, "reason": reason})
 
 
-def finish(connection: Connection, run: Open, reason: str, now: float) -> None:
+def finish(connection: Connection, registry: Registry, run: Open, reason: str, now: float) -> None:
     """End the run; its versions stay."""
-    change(connection, run.id, status="finished", reason=reason)
+    lost = waste(connection, open_round(connection, registry, run).in_vain, run.spec.round.probes_per_task)
+    change(connection, run.id, status="finished", reason=reason, n_wasted=runs.c.n_wasted + lost)
     record(connection, now, "round", "run-finished", {"run": run.row.name, "reason": reason})
     say(connection, run.id, "run-finished", now, {"run": run.row.name, "reason": reason})
 
@@ -148,23 +155,33 @@ def finish(connection: Connection, run: Open, reason: str, now: float) -> None:
 def tick(connection: Connection, registry: Registry, now: float) -> None:
     """What time alone brings about, for every open run: deadlines, lost leases, patience, and the end of the last evaluation."""
     for id_ in connection.execute(sa.select(runs.c.id).where(runs.c.status == "open")).scalars().all():
-        run = run_named(connection, registry, id_)
-        row, patience = run.row, run.spec.evaluation.patience
-        current = open_round(connection, registry, run)
-        lost = [x for x in current.leases if not x.done and x.until <= now]
-        if n_lost := waste(connection, lost, run.spec.round.probes_per_task):
-            change(connection, run.id, n_wasted=runs.c.n_wasted + n_lost)
-        if patience is not None and row.since_best >= patience:
-            finish(connection, run, f"the held-out loss has not fallen for {patience} scored versions", now)
-        elif run.last:
-            asked = connection.execute(
-                sa.select(tasks.c.until, tasks.c.counted).where(
-                    tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(row.version)
-                )
-            ).all()
-            # Nobody is still at it, and whoever could come has had the time of a lease.
-            idle = not any(x.counted is None and now < x.until for x in asked)
-            if now >= row.deadline or (asked and idle and now >= row.opened_at + min(10.0, run.spec.round.lease_s)):
-                finish(connection, run, "the budget is used up", now)
-        else:
-            advance(connection, registry, run, current, now)
+        try:
+            with connection.begin_nested():
+                _tick(connection, registry, id_, now)
+        except sa.exc.OperationalError:
+            raise
+        except Exception:
+            log.exception("what is due of run %s could not be done; other runs go on, and it is tried again", id_)
+
+
+def _tick(connection: Connection, registry: Registry, id_: str, now: float) -> None:
+    run = run_named(connection, registry, id_)
+    row, patience = run.row, run.spec.evaluation.patience
+    current = open_round(connection, registry, run)
+    lost = [x for x in current.leases if not x.done and x.until <= now]
+    if n_lost := waste(connection, lost, run.spec.round.probes_per_task):
+        change(connection, run.id, n_wasted=runs.c.n_wasted + n_lost)
+    if patience is not None and row.since_best >= patience:
+        finish(connection, registry, run, f"the held-out loss has not fallen for {patience} scored versions", now)
+    elif run.last:
+        asked = connection.execute(
+            sa.select(tasks.c.until, tasks.c.counted).where(
+                tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(row.version)
+            )
+        ).all()
+        # Nobody is still at it, and whoever could come has had the time of a lease.
+        idle = not any(x.counted is None and now < x.until for x in asked)
+        if now >= row.deadline or (asked and idle and now >= row.opened_at + min(10.0, run.spec.round.lease_s)):
+            finish(connection, registry, run, "the budget is used up", now)
+    else:
+        advance(connection, registry, run, current, now)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from fwdllama.federation.signature import device_key
 
 from .assignment import check_in
 from .auth import bearer, spend
-from .context import MEMBERS, address, as_json, context_of, refusals
+from .context import MEMBERS, as_json, as_list, context_of, neighbourhood, refusals
 from .delivery import deliver
 from .errors import Refused
 from .registry import ledger_page
@@ -36,7 +35,7 @@ OCTETS: dict[int | str, dict[str, Any]] = {
 async def enrol(request: Request, enrolment: Annotated[m.Enrolment, Body()]) -> Response:
     """Become a device, with an enrolment token; the answer's key signs every later request."""
     context, now = context_of(request), context_of(request).now()
-    context.newcomers.spend(address(request), now)
+    context.newcomers.spend(neighbourhood(request), now)
 
     def act(connection: Connection) -> m.Enrolled:
         token = spend(connection, bearer(request), now)
@@ -59,8 +58,7 @@ async def list_runs(request: Request) -> Response:
         rows = connection.execute(sa.select(runs).order_by(runs.c.created_at.desc())).all()
         return [run_view(connection, row, context.registry.spec(connection, row.id)) for row in rows]
 
-    found = await context.any_member(request, act)
-    return Response(json.dumps([run.model_dump(mode="json") for run in found]), media_type="application/json")
+    return as_list(await context.any_member(request, act))
 
 
 @router.get("/runs/{run}", response_model=m.Run, responses=refusals(401, 404, 422, 429))
@@ -98,7 +96,10 @@ async def deliver_route(request: Request, task: TaskName, delivery: Annotated[m.
             return receipt
         found = run_named(connection, context.registry, run)
         active = context.n_active(connection)
-        following = check_in(connection, context.registry, found, device, delivery.checkin, active, context.now())
+        try:
+            following = check_in(connection, context.registry, found, device, delivery.checkin, active, context.now())
+        except Refused:  # of the check-in alone, which is told why when it is sent alone: the result is taken
+            return receipt
         return receipt.model_copy(update={"next": following})
 
     answer = await context.signed(request, act)

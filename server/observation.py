@@ -8,8 +8,6 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fwdllama.federation.signature import DEVICE
-
 from .metrics import Requests
 
 log = logging.getLogger("fwdllama.server.requests")
@@ -48,8 +46,7 @@ class Observed:
 
 def _facts(scope: Scope, method: str, route: str, status: int, took_s: float) -> dict[str, Any]:
     named = scope.get("path_params", {})
-    # Who an unproven request claims to come from is not written down as if it were known.
-    claimed = dict(scope["headers"]).get(DEVICE.encode()) if status != 401 else None
-    device = named.get("device") or (claimed.decode("latin-1") if claimed else None)
+    # Who an unproven request claims to come from is not written down as if it were known: only whom a signature was found to be of.
+    device = named.get("device") or scope.get("state", {}).get("device")
     facts = {"method": method, "route": route, "status": status, "ms": round(took_s * 1e3, 2), "device": device}
     return {**facts, "run": named.get("run"), "task": named.get("task")}

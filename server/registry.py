@@ -25,17 +25,17 @@ from .rounds import Round
 from .schema import blobs, entries, runs, versions
 
 SNAPSHOT_EVERY = 16  # versions; replaying as many takes about half a second for SmolLM2
+LEAST_FRAME_BYTES = 44  # of a ledger entry without probes
 KEPT_RUNS = 16  # whose theta stays in memory
 
 
 @dataclass(frozen=True)
 class Held:
-    """Theta of a version, and the change that led to it (None: not known here)."""
+    """Theta of a version."""
 
     version: int
     digest: str  # of theta
     theta: NDArray[np.float32]
-    update: NDArray[np.float32] | None
 
 
 class Registry:
@@ -46,6 +46,7 @@ class Registry:
         self._origins: OrderedDict[str, Origin] = OrderedDict()
         self._held: OrderedDict[str, Held] = OrderedDict()
         self._rounds: dict[str, tuple[int, Round]] = {}
+        self._updates: dict[str, tuple[bytes, NDArray[np.float32] | None]] = {}  # the last that was asked for, by its entry's hash
         self._lock = threading.RLock()
 
     def spec(self, connection: Connection, run: str) -> RunSpec:
@@ -85,11 +86,25 @@ class Registry:
         at = (versions.c.run == run) & (versions.c.version == version)
         digest = str(connection.execute(sa.select(versions.c.theta_digest).where(at)).scalar_one())
         if held is None or (held.version, held.digest) != (version, digest):
-            theta = self.theta(connection, run, version)
-            before = self.theta(connection, run, version - 1) if version else None
-            held = Held(version, digest, theta, None if before is None else before - theta)
+            held = Held(version, digest, self.theta(connection, run, version))
             self.keep(run, held)
         return held
+
+    def update(self, connection: Connection, run: str, version: int) -> NDArray[np.float32] | None:
+        """The change of theta that led to a version; None for the first, and behind a roll-back, which is no step.
+
+        From the ledger's entry alone, so that every worker, also one that starts later, finds the same to the bit: seeds follow from it.
+        """
+        if version == 0:
+            return None
+        at = (entries.c.run == run) & (entries.c.number == version - 1)
+        hashed = bytes(connection.execute(sa.select(entries.c.hash).where(at)).scalar_one())
+        known = self._updates.get(run)
+        if known is None or known[0] != hashed:
+            (entry,) = ledger_entries(connection, run, version - 1, version)
+            still = np.zeros(self.spec(connection, run).n_params, np.float32)
+            known = self._updates[run] = (hashed, -replay(still, [entry]) if entry.restores is None else None)
+        return known[1]
 
     def keep(self, run: str, held: Held) -> None:
         """Remember it in place of the older one."""
@@ -98,11 +113,6 @@ class Registry:
             self._held.move_to_end(run)
             while len(self._held) > KEPT_RUNS:
                 self._held.popitem(last=False)
-
-    def forget(self, run: str) -> None:
-        """What was kept is no longer the newest."""
-        with self._lock:
-            self._held.pop(run, None)
 
     def theta(self, connection: Connection, run: str, version: int) -> NDArray[np.float32]:
         """Theta of any version, float32 (n_params,)."""
@@ -153,15 +163,24 @@ def store_snapshot(connection: Connection, run: str, version: int, theta: NDArra
 
 def ledger_page(connection: Connection, run: str, first: int, stop: int, most_bytes: int | None = None) -> tuple[bytes, int]:
     """Frames of entries `first` to `stop` - 1, as many as fit `most_bytes` (at least one), and the number after the last."""
+    if most_bytes is not None:  # so that no more of a long ledger is read than is sent: some drivers fetch all that a query finds
+        stop = _last_of_page(connection, run, first, stop, most_bytes)
     wanted = sa.select(entries.c.payload, entries.c.hash).where(entries.c.run == run, entries.c.number >= first, entries.c.number < stop)
-    page, next_ = bytearray(), first
-    for row in connection.execute(wanted.order_by(entries.c.number)):
-        frame = row.payload + row.hash
-        if page and most_bytes is not None and len(page) + len(frame) > most_bytes:
+    frames = [row.payload + row.hash for row in connection.execute(wanted.order_by(entries.c.number))]
+    return b"".join(frames), first + len(frames)
+
+
+def _last_of_page(connection: Connection, run: str, first: int, stop: int, most_bytes: int) -> int:
+    size = sa.func.length(entries.c.payload) + sa.func.length(entries.c.hash)
+    at = (entries.c.run == run) & (entries.c.number >= first) & (entries.c.number < stop)
+    sizes = connection.execute(sa.select(size).where(at).order_by(entries.c.number).limit(1 + most_bytes // LEAST_FRAME_BYTES)).scalars()
+    n_bytes, following = 0, first
+    for size_bytes in sizes:
+        n_bytes += size_bytes
+        if n_bytes > most_bytes and following > first:
             break
-        page += frame
-        next_ += 1
-    return bytes(page), next_
+        following += 1
+    return following
 
 
 def ledger_entries(connection: Connection, run: str, first: int, stop: int) -> list[Entry]:

@@ -29,19 +29,18 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
     digest, _ = append(connection, row, restoring(latest, version), theta, now, facts)
     add_version(connection, run.id, latest + 1, parent=version, theta_digest=digest, created_at=now, n_probes=0, n_devices=0)
     current = open_round(connection, registry, run)
-    lost = [x for x in current.leases if not x.done or x.counted == current.number]
     change(
         connection,
         run.id,
         version=latest + 1,
-        wanted=aggregate.wanted([], run.spec),
+        wanted=0 if run.fraction(latest + 1, int(row.n_probes)) >= 1.0 else aggregate.wanted([], run.spec),
         opened_at=now,
         deadline=now + run.spec.round.deadline_s,
         extensions=0,
-        n_wasted=runs.c.n_wasted + waste(connection, lost, run.spec.round.probes_per_task),
+        n_wasted=runs.c.n_wasted + waste(connection, current.in_vain, run.spec.round.probes_per_task),
     )
     # Results computed elsewhere than at this theta must not count, however stale results may be.
     connection.execute(tasks.update().where(tasks.c.id.in_([x.task for x in current.leases])).values(version=-1))
     store_snapshot(connection, run.id, latest + 1, theta, public=run.spec.public)
-    registry.keep(run.id, Held(latest + 1, digest, theta, None))
+    registry.keep(run.id, Held(latest + 1, digest, theta))
     judge_versions(connection, run.id, latest + 1)

@@ -66,6 +66,11 @@ class Round:
         """How many results count in this round, by round and slot."""
         return Counter((lease.round, lease.slot) for lease in self.leases if lease.counted == self.number)
 
+    @property
+    def in_vain(self) -> list[Lease]:
+        """What nothing comes of when the round ends without a step: open leases, and results that count in it."""
+        return [lease for lease in self.leases if not lease.done or lease.counted == self.number]
+
     def with_lease(self, lease: Lease) -> Round:
         """The round with one more lease."""
         place = (lease.round, lease.slot)
@@ -116,7 +121,7 @@ def free_slot(current: Round, config: RoundConfig, device: str, now: float) -> i
             taken += lease.counted is not None or now < lease.until  # done or active; this loop is the hottest of the server
         if taken >= config.copies:
             continue
-        if not any(lease.device == device and (lease.done or config.copies > 1) for lease in given):
+        if not any(lease.device == device and (lease.done or now < lease.until) for lease in given):
             return slot
     return None
 
@@ -144,8 +149,10 @@ def judge(current: Round, config: RoundConfig, lease: Lease) -> Refusal | None:
     late = current.number - lease.round
     if late > config.staleness:
         return Refusal(409, f"stale: the task was for version {lease.round}, and the run is at version {current.number}.")
-    rivals = sum(1 for x in current.slots.get((lease.round, lease.slot), ()) if x.done and x.task != lease.task)
-    if rivals >= config.copies:
+    rivals = [x for x in current.slots.get((lease.round, lease.slot), ()) if x.done and x.task != lease.task]
+    if any(x.device == lease.device for x in rivals):  # it had the slot twice, one lease after the other: copies are of different devices
+        return Refusal(410, f"late: the lease ended and this device has delivered slot {lease.slot} of round {lease.round} already.")
+    if len(rivals) >= config.copies:
         return Refusal(410, f"late: the lease ended and another device has delivered slot {lease.slot} of round {lease.round}.")
     return None
 

@@ -15,9 +15,13 @@ HEAVIEST = 4.0  # times the median number of examples, the most that one device'
 
 
 def score_version(connection: Connection, run: Open, version: int, now: float) -> int:
-    """The mean held-out loss of a version over its reports, weighted by examples, and the best version; returns how many reports there are."""
+    """The mean held-out loss of a version over its reports, weighted by examples, and the best version; returns their number.
+
+    A report of no examples says that its device has none to score with; it is none.
+    """
     where = (tasks.c.run == run.id) & (tasks.c.kind == "evaluate") & (tasks.c.counted == version)
-    reports = [EvaluateResult.model_validate_json(x.result) for x in connection.execute(sa.select(tasks.c.result).where(where))]
+    found = [EvaluateResult.model_validate_json(x.result) for x in connection.execute(sa.select(tasks.c.result).where(where))]
+    reports = [report for report in found if report.n_examples]
     n_examples = sum(report.n_examples for report in reports)
     if n_examples:
         # How many examples it has is a device's own word: none counts for more than a few typical ones.

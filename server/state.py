@@ -102,7 +102,7 @@ def open_round(connection: Connection, registry: Registry, run: Open) -> Round:
     known = registry.round(run.id, version, int(row.mark))
     if known is not None:
         return known.under(*terms)
-    found = connection.execute(_LEASES, {"run_id": row.id, "oldest": version - run.spec.round.staleness})
+    found = connection.execute(_LEASES, {"run_id": row.id, "oldest": max(0, version - run.spec.round.staleness)})
     current = Round(version, *terms, tuple(Lease(*x) for x in found))
     registry.keep_round(run.id, int(row.mark), current)
     return current
@@ -130,7 +130,7 @@ def slot_seeds(registry: Registry, connection: Connection, run: Open, version: i
     """The seeds of a slot: the same whoever asks, since they follow from the run's seed, round and place."""
     config, n = run.spec.train, run.spec.round.probes_per_task
     sampler = Sampler(config.seed, config.step.candidates)
-    update = registry.held(connection, run.id, version).update if config.step.candidates > 1 else None
+    update = registry.update(connection, run.id, version) if config.step.candidates > 1 else None
     return sampler.seeds(version, slot * n, n, update)
 
 
@@ -193,7 +193,7 @@ def close(connection: Connection, registry: Registry, run: Open, current: Round,
     )
     if version % SNAPSHOT_EVERY == 0:
         store_snapshot(connection, run.id, version, theta, public=spec.public)
-    registry.keep(run.id, Held(version, digest, theta, held.theta - theta))
+    registry.keep(run.id, Held(version, digest, theta))
     record(connection, now, "round", "round-closed", {"run": row.name, "round": current.number, "ledger": hashed.hex()})
 
 

@@ -47,7 +47,9 @@ class Store:
     def _engine(self, *, writes: bool) -> Engine:
         if not self.is_sqlite:
             most = {"pool_size": 1, "max_overflow": 0} if writes else {"pool_size": 5, "max_overflow": 10}
-            return sa.create_engine(self.url, **most, pool_pre_ping=True, hide_parameters=True)
+            # A read sees one moment, as it does in SQLite: what one statement found must still be there for the next.
+            moment = None if writes else "REPEATABLE READ"
+            return sa.create_engine(self.url, **most, isolation_level=moment, pool_pre_ping=True, hide_parameters=True)
         engine = sa.create_engine(self.url, connect_args={"check_same_thread": False, "timeout": 30}, hide_parameters=True)
 
         @sa.event.listens_for(engine, "connect")

@@ -236,7 +236,7 @@ class Device:
 
         result = worker.work(task, theta, proceed)
         if result is None:
-            why = "stopping" if self.listener.stop() else watch() or "no held-out example fits the context"
+            why = "stopping" if self.listener.stop() else watch() or "it must not work just now"
             self._say(f"left task {task.task} to others: {why}")
             return
         self.spool.put(Pending(task.run, task.task, result))

@@ -89,6 +89,8 @@ class RunSpec(Section):
             raise ValueError(f"trim {self.aggregation.trim:g} of {self.round.copies} copies drops none; it must be at least {least:.3g}")
         if self.train.budget.seconds is not None:
             raise ValueError("budget.seconds has no meaning in a federated run; give steps (rounds) or probes")
+        if self.train.budget.patience is not None:
+            raise ValueError("budget.patience has no meaning in a federated run; give evaluation.patience")
         return self
 
     def genesis(self) -> bytes:

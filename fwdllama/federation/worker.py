@@ -72,7 +72,7 @@ class OracleWorker:
         return self.initial
 
     def work(self, task: Task, theta: NDArray[np.float32], proceed: Proceed) -> TrainResult | EvaluateResult | None:
-        """The result of a task at theta; None where `proceed` said to leave it, or there is nothing to evaluate on."""
+        """The result of a task at theta; None where `proceed` said to leave it."""
         return self._train(task, theta, proceed) if task.kind == "train" else self._evaluate(task, theta)
 
     def _train(self, task: Task, theta: NDArray[np.float32], proceed: Proceed) -> TrainResult | None:
@@ -112,11 +112,11 @@ class OracleWorker:
             n_tokens=self.n_tokens() - before,
         )
 
-    def _evaluate(self, task: Task, theta: NDArray[np.float32]) -> EvaluateResult | None:
+    def _evaluate(self, task: Task, theta: NDArray[np.float32]) -> EvaluateResult:
         before = self.n_tokens()
         rows = [i for i, example in enumerate(self.held_out) if example is not None]
-        if not rows:  # all were too long
-            return None
+        if not rows:  # all were too long; told, because a task that is left is given to the device again
+            return EvaluateResult(theta_digest=task.theta_digest, loss=0.0, n_examples=0, n_tokens=0)
         self._load(self._loaded[0], watched=True)
         self.oracle.write(theta)
         loss = float(self.oracle.losses(rows).mean())

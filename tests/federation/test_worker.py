@@ -137,3 +137,11 @@ def test_a_result_costs_at_most_32_bytes_a_probe(sided: str, most: int) -> None:
 def test_short_losses_keep_seven_digits(loss: float) -> None:
     assert short(loss) == pytest.approx(loss, rel=1e-6)
     assert len(repr(short(loss))) <= 9
+
+
+def test_device_whose_held_out_examples_are_all_too_long_says_that_it_has_none() -> None:
+    worker, _ = made()
+    worker.held_out = [None] * len(worker.held_out)
+    found = worker.work(task("evaluate"), THETA, lambda n_done: True)
+    assert isinstance(found, EvaluateResult)
+    assert found.n_examples == 0

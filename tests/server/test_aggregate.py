@@ -149,3 +149,13 @@ def test_the_variance_gate_waits_for_more_probes_where_slopes_are_large() -> Non
     assert wanted([contribution(0, [1.0, -1.0] * 4)], gate) == 8
     assert wanted([contribution(0, [3.0, -3.0] * 4)], gate) == 18
     assert wanted([contribution(0, [30.0, -30.0] * 4)], gate) == 32
+
+
+@pytest.mark.parametrize("rule", ["clip", "mean"])
+@pytest.mark.parametrize("size", [5e-324, 1e-160, 1e-30])
+def test_losses_next_to_nothing_make_no_infinite_coefficient(rule: str, size: float) -> None:
+    told = TrainResult(theta_digest=DIGEST, plus=(size, 0.0, size, 0.0), minus=(0.0,) * 4, examples=(4,), loss=0.0, n_tokens=9)
+    merged = merge([Contribution("a", np.arange(4, dtype=np.uint64), told)], spec(rule=rule), Learner(), 0, 0.0)
+    assert np.isfinite(merged.entry.coefficients).all()
+    if rule == "clip":
+        assert not merged.entry.coefficients.any()

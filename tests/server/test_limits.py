@@ -94,3 +94,67 @@ def test_range_of_thousands_of_digits_is_no_error(small: Aggregator) -> None:
     key = {"authorization": f"Bearer {small.context.secrets.admin}"}
     assert small.client.get(target, headers={**key, "range": f"bytes={'9' * 5000}-"}).status_code == 200
     assert small.client.get(target, headers={**key, "range": "bytes=999999999-"}).status_code == 416
+
+
+def test_addresses_of_one_ipv6_network_are_one_client() -> None:
+    from fwdllama_server.context import neighbourhood
+    from starlette.requests import Request
+
+    def of(address: str) -> str:
+        return neighbourhood(Request({"type": "http", "client": (address, 1), "headers": []}))
+
+    assert of("2001:db8::1") == of("2001:db8::ffff:1%eth0") == "2001:db8::/64"
+    assert of("2001:db8:0:1::1") != of("2001:db8::1")
+    assert (of("192.0.2.7"), of("::ffff:192.0.2.7"), of("testclient")) == ("192.0.2.7", "::ffff:192.0.2.7", "testclient")
+
+
+def test_strangers_who_read_a_public_run_have_a_rate(small: Aggregator) -> None:
+    small.create(public=True)
+    codes = [small.client.get("/v1/runs/toy/versions/latest").status_code for _ in range(11)]
+    assert codes == [200] * 10 + [429]
+
+
+def test_blob_is_not_read_for_a_stranger(small: Aggregator, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small.create()
+    asked: list[str] = []
+    view = small.context.store.view
+
+    def watched(act):
+        def watching(connection):
+            execute = connection.execute
+            monkeypatch.setattr(connection, "execute", lambda s, *a: asked.append(str(s)) or execute(s, *a), raising=False)
+            return act(connection)
+
+        return view(watching)
+
+    monkeypatch.setattr(small.context.store, "view", watched)
+    target = f"/v1/blobs/sha256:{made['spec']['initial']}"
+    assert small.client.get(target).status_code == 401
+    assert asked
+    assert not any("blobs.data" in statement for statement in asked)
+    key = {"authorization": f"Bearer {small.context.secrets.admin}"}
+    assert small.client.get(target, headers=key).status_code == 200
+    assert any("blobs.data" in statement for statement in asked)
+
+
+def test_page_of_the_ledger_is_cut_at_its_limit_and_reads_no_more(small: Aggregator) -> None:
+    from fwdllama_server.registry import ledger_page
+    from fwdllama_server.schema import entries
+
+    run = small.create()["run"]
+
+    def fill(connection):
+        for number, size in enumerate((10, 10, 50, 10)):
+            row = {"run": run, "number": number, "payload": b"p" * size, "hash": b"h" * 32, "theta_digest": "", "closed_at": 0.0, "facts": "{}"}
+            connection.execute(entries.insert().values(**row))
+
+    small.context.store.submit(fill).result()
+
+    def page(first: int, most: int | None) -> tuple[int, int]:
+        data, following = small.context.store.view(lambda c: ledger_page(c, run, first, 4, most))
+        return len(data), following
+
+    assert [page(0, most) for most in (None, 1000, 208, 207, 84, 83, 1)] == [
+        (208, 4), (208, 4), (208, 4), (166, 3), (84, 2), (42, 1), (42, 1)
+    ]
+    assert (page(2, 1), page(3, 1), page(4, 1)) == ((82, 3), (42, 4), (0, 4))

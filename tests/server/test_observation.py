@@ -108,6 +108,8 @@ def test_log_of_a_whole_session_tells_everything_but_secrets(aggregator: Aggrega
         assert (closed["run"], closed["round"], closed["n_probes"]) == ("toy", 0, 8)
         assert any(line["event"] == "result-refused" and line["device"] == member.device for line in lines)
         assert any(line.get("status") == 401 and "device" not in line for line in requests)
+        assert aggregator.client.put("/v1/tasks/t/result", content=b"{", headers={"x-fwdllama-device": member.device}).status_code == 422
+        assert "device" not in json.loads(stream.getvalue().splitlines()[-1]), "nobody proved to be that device"
     else:
         assert ' INFO device-enrolled device=' in text
         assert 'name="my phone"' in text

@@ -120,3 +120,21 @@ def test_device_of_another_aggregator_is_not_enrolled_here(aggregator: Aggregato
     member = aggregator.member()
     member.device, member.key = "dother", device_key(aggregator.context.secrets.device, "dother")
     assert sent(aggregator, signed(member)) == (401, "device dother is not enrolled here.")
+
+
+def test_request_that_was_refused_cannot_be_sent_again_when_it_would_be_accepted(aggregator: Aggregator) -> None:
+    member = aggregator.member()
+    early = signed(member)
+    assert sent(aggregator, early)[0] == 404  # there is no run yet
+    aggregator.create()
+    assert sent(aggregator, early) == (401, "the nonce 1 was used before; it must grow with every request.")
+
+
+def test_result_is_taken_though_the_check_in_that_came_with_it_is_refused(aggregator: Aggregator) -> None:
+    aggregator.create(evaluation={"every": 1000}, round={"probes": 8, "most": 8, "probes_per_task": 4})
+    member = aggregator.member()
+    member.work("toy")
+    task = member.check_in("toy")["task"]
+    answer = member.send("PUT", f"/v1/tasks/{task['task']}/result", {"result": member.result(task), "checkin": {"base": "0" * 64}})
+    assert (answer.status_code, answer.json()) == (200, {"duplicate": False, "next": None})
+    assert aggregator.admin("GET", "/v1/runs/toy/progress").json()["probes"] == 4
