@@ -40,7 +40,7 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
         n_wasted=runs.c.n_wasted + waste(connection, current.in_vain, run.spec.round.probes_per_task),
     )
     # Results computed elsewhere than at this theta must not count, however stale results may be.
-    connection.execute(tasks.update().where(tasks.c.id.in_([x.task for x in current.leases])).values(version=-1))
+    connection.execute(tasks.update().where(tasks.c.id.in_([x.task for x in current.in_vain])).values(version=-1))
     store_snapshot(connection, run.id, latest + 1, theta, public=run.spec.public)
     registry.keep(run.id, Held(latest + 1, digest, theta))
     judge_versions(connection, run.id, latest + 1)

@@ -128,3 +128,8 @@ def test_slot_of_a_refused_result_is_given_to_the_next_device(aggregator: Aggreg
     task = member.check_in("toy")["task"]
     assert member.deliver(task, {**member.result(task), "loss": -1.0}).status_code == 422
     assert rival.check_in("toy")["task"]["seeds"] == task["seeds"]
+
+
+def test_device_cannot_upload_anything(aggregator: Aggregator, member: Member) -> None:
+    answer = member.send("PUT", f"/v1/blobs/sha256:{DIGEST}", {"GGUF": 1})
+    assert (answer.status_code, answer.json()["detail"]) == (401, "this needs the administrator's key: Authorization: Bearer KEY.")

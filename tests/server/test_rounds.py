@@ -13,6 +13,7 @@ from fwdllama_server.assignment import check_in
 from fwdllama_server.delivery import deliver, tick
 from fwdllama_server.errors import Refused
 from fwdllama_server.registry import Registry, add_version, ledger_entries, store_blob
+from fwdllama_server.rollback import rolled_back
 from fwdllama_server.rounds import Lease, Round, decide, free_slot, judge, n_counted, n_leased, wait_s
 from fwdllama_server.schema import devices, entries, metadata, runs, tasks, tokens
 from fwdllama_server.state import run_named
@@ -36,6 +37,7 @@ class Machine(RuleBasedStateMachine):
 
     shape: ClassVar[dict[str, Any]] = {}
     rule_: str = "clip"
+    rounds: int = 1000
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +53,8 @@ class Machine(RuleBasedStateMachine):
 
     def _begin(self) -> None:
         shape = {"probes": 4 * N, "most": 4 * N, "probes_per_task": N, "lease_s": 10.0, "deadline_s": 40.0, "extensions": 1000, **self.shape}
-        self.spec, initial = toy_run("toy", 8, rounds=1000, round=shape, aggregation={"rule": self.rule_}, evaluation={"every": 3, "devices": 1})
+        more = {"aggregation": {"rule": self.rule_}, "evaluation": {"every": 3, "devices": 1}}
+        self.spec, initial = toy_run("toy", 8, rounds=self.rounds, round=shape, **more)
         c = self.connection
         store_blob(c, initial, public=False)
         digest = theta_digest(self.workers[0].origin(c, "r1").theta) if self._row_made() else ""
@@ -130,6 +133,31 @@ class Machine(RuleBasedStateMachine):
         tick(self.connection, self.workers[worker], self.now)
         self.connection.commit()
 
+    @rule(worker=st.integers(0, 1), back=st.integers(1, 3), kept=st.sampled_from([True, True, False]))
+    def an_administrator_goes_back(self, worker: int, back: int, kept: bool) -> None:
+        run = run_named(self.connection, self.workers[worker], "toy")
+        if run.row.version and run.row.status == "open":
+            rolled_back(self.connection, self.workers[worker], run, max(0, run.row.version - back), self.now)
+        if kept:
+            self.connection.commit()
+        else:
+            self.connection.rollback()
+
+    @rule(worker=st.integers(0, 1), paused=st.booleans())
+    def an_administrator_pauses_or_resumes(self, worker: int, paused: bool) -> None:
+        self.connection.execute(runs.update().where(runs.c.status != "finished").values(status="paused" if paused else "open"))
+        self.connection.commit()
+
+    @invariant()
+    def theta_is_what_the_ledger_leads_to_and_steps_are_within_the_budget(self) -> None:
+        run = run_named(self.connection, self.workers[0], "toy")
+        held = [x.held(self.connection, "r1", run.row.version) for x in self.workers]
+        self.connection.rollback()
+        assert [theta_digest(x.theta) for x in held] == [run.row.theta_digest] * 2
+        restored = sum(entry.restores is not None for entry in ledger_entries(self.connection, "r1", 0, run.row.version))
+        self.connection.rollback()
+        assert run.row.version - restored <= self.rounds
+
     @invariant()
     def an_accepted_result_stays_as_it_was(self) -> None:
         found = {row.id: (row.result, row.counted) for row in self.connection.execute(sa.select(tasks).where(tasks.c.counted.is_not(None)))}
@@ -140,7 +168,7 @@ class Machine(RuleBasedStateMachine):
     def the_ledger_holds_what_was_counted_and_nothing_twice(self) -> None:
         run = self.connection.execute(sa.select(runs)).one()
         ledger = ledger_entries(self.connection, "r1", 0, run.version)
-        rows = self.connection.execute(sa.select(tasks).where(tasks.c.kind == "train", tasks.c.counted.is_not(None))).all()
+        rows = self.connection.execute(sa.select(tasks).where(tasks.c.kind == "train", tasks.c.counted.is_not(None), tasks.c.version >= 0)).all()
         numbers = self.connection.execute(sa.select(entries.c.number).order_by(entries.c.number)).scalars().all()
         self.connection.rollback()
         assert numbers == list(range(run.version)) == [entry.step for entry in ledger]
@@ -188,7 +216,14 @@ class Copied(Machine):
     rule_ = "median"
 
 
-@pytest.mark.parametrize("machine", [Machine, Asynchronous, Copied])
+class Ending(Machine):
+    """Short enough to end, with results that may be late when it does."""
+
+    shape: ClassVar[dict[str, Any]] = {"staleness": 2, "probes": N, "most": N}
+    rounds = 3
+
+
+@pytest.mark.parametrize("machine", [Machine, Asynchronous, Copied, Ending])
 def test_rounds_count_every_result_once_whatever_happens(machine: type[Machine]) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 

@@ -196,6 +196,27 @@ def test_serving_imports_no_engine() -> None:
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 
+def test_aggregator_that_makes_runs_and_adapters_has_no_engine_in_its_process(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from fwdllama_server.app import create_app
+from fwdllama_server.opening import opened
+from fwdllama.federation.toy import toy_run
+from starlette.testclient import TestClient
+context = opened(Path(sys.argv[1]))
+spec, initial = toy_run("toy")
+with TestClient(create_app(context), headers={"authorization": f"Bearer {context.secrets.admin}"}) as client:
+    codes = [client.put(f"/v1/blobs/sha256:{spec.initial}", content=initial).status_code]
+    codes += [client.post("/v1/runs", json=spec.model_dump(mode="json")).status_code]
+    codes += [client.get("/v1/runs/toy/versions/latest/adapter.gguf").status_code]
+context.store.close()
+print(codes, sorted(name for name in sys.modules if name.startswith(("llama_cpp", "fwdllama.llama"))))
+"""
+    found = subprocess.check_output([sys.executable, "-c", program, str(tmp_path / "aggregator")], text=True)
+    assert found.strip() == "[201, 201, 200] []"
+
+
 def test_claimed_address_is_believed_behind_a_proxy_only(tmp_path: Path) -> None:
     from fwdllama_server.serving import Server, Setting
 
