@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
@@ -15,7 +15,7 @@ from fwdllama_server.errors import Refused
 from fwdllama_server.registry import Registry, add_version, ledger_entries, store_blob
 from fwdllama_server.rounds import Lease, Round, decide, free_slot, judge, n_counted, n_leased, wait_s
 from fwdllama_server.schema import devices, entries, metadata, runs, tasks, tokens
-from fwdllama_server.state import run_named
+from fwdllama_server.state import open_round, run_named
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -34,8 +34,8 @@ BEGIN = 1_800_000_000.0
 class Machine(RuleBasedStateMachine):
     """One run, two workers that share its database, and devices that do as they like."""
 
-    shape: dict[str, Any] = {}
-    rule_: str = "clip"
+    shape: ClassVar[dict[str, Any]] = {}
+    rule_: ClassVar[str] = "clip"
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,11 +169,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def both_workers_see_the_round_that_is_in_the_database(self) -> None:
-        from fwdllama_server.state import open_round
-
-        seen = []
-        for registry in (*self.workers, Registry()):
-            seen.append(open_round(self.connection, registry, run_named(self.connection, registry, "toy")))
+        seen = [open_round(self.connection, known, run_named(self.connection, known, "toy")) for known in (*self.workers, Registry())]
         self.connection.rollback()
         for current in seen[:2]:
             assert sorted(current.leases, key=lambda x: x.task) == sorted(seen[2].leases, key=lambda x: x.task)
@@ -182,11 +178,11 @@ class Machine(RuleBasedStateMachine):
 
 
 class Asynchronous(Machine):
-    shape = {"staleness": 2}
+    shape: ClassVar[dict[str, Any]] = {"staleness": 2}
 
 
 class Copied(Machine):
-    shape = {"copies": 3}
+    shape: ClassVar[dict[str, Any]] = {"copies": 3}
     rule_ = "median"
 
 

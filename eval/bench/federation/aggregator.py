@@ -22,7 +22,7 @@ import psutil
 from fwdllama.federation.spec import RunSpec
 
 from ..measure import BenchError
-from .wire import Answer, Identity, Lost, Wire
+from .wire import Answer, Identity, Lost, Wire, asked
 
 HOST = "127.0.0.1"
 START_S = 60.0
@@ -92,7 +92,7 @@ class Aggregator:
         until = time.monotonic() + START_S
         while time.monotonic() < until and self._workers[worker].poll() is None:
             try:
-                if asyncio.run(Wire(HOST, self.port, answer_s=5.0).request("GET", "/health")).status == 200:
+                if asked(HOST, self.port, "GET", "/health", answer_s=5.0).status == 200:
                     return
             except Lost:
                 time.sleep(0.02)
@@ -131,7 +131,7 @@ class Aggregator:
         """
         data = raw if body is None else json.dumps(body).encode()
         try:
-            answer = asyncio.run(Wire(HOST, self.port).request(method, target, data, self.admin_headers))
+            answer = asked(HOST, self.port, method, target, data, self.admin_headers)
         except Lost as error:
             raise BenchError(f"the aggregator does not answer: {error}") from error
         if answer.status >= 400:
@@ -177,14 +177,13 @@ async def _enrolled(port: int, token: str, n: int) -> list[Identity]:
     found: list[Identity] = []
 
     async def enrol(numbers: Sequence[int]) -> None:
-        wire = Wire(HOST, port)
-        for number in numbers:
-            body = json.dumps({"name": f"simulated {number}"}).encode()
-            answer = await wire.request("POST", "/v1/devices", body, {"authorization": f"Bearer {token}"})
-            if answer.status != 201:
-                raise BenchError(f"device {number} was not enrolled: {answer.status} {answer.body.decode(errors='replace')}")
-            found.append(Identity(answer.json["device"], bytes.fromhex(answer.json["key"])))
-        wire.close()
+        async with Wire(HOST, port) as wire:
+            for number in numbers:
+                body = json.dumps({"name": f"simulated {number}"}).encode()
+                answer = await wire.request("POST", "/v1/devices", body, {"authorization": f"Bearer {token}"})
+                if answer.status != 201:
+                    raise BenchError(f"device {number} was not enrolled: {answer.status} {answer.body.decode(errors='replace')}")
+                found.append(Identity(answer.json["device"], bytes.fromhex(answer.json["key"])))
 
     await asyncio.gather(*(enrol(range(part, n, ENROLLING)) for part in range(min(ENROLLING, n))))
     return found
