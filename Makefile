@@ -3,7 +3,7 @@
 #   ARGS=...     further arguments for the command that a target runs, e.g. make test ARGS="-k ledger"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo check test test-model bench clean
+.PHONY: help setup model demo check test test-model test-api test-browser bench clean
 
 PY := .venv/bin/python
 FWDLLAMA := .venv/bin/fwdllama
@@ -30,11 +30,17 @@ check: setup ## Lint, check types and the architecture
 	@.venv/bin/lint-imports
 
 test: setup ## Run the fast tests
-	@$(PY) -m pytest -m "not model" $(ARGS)
+	@$(PY) -m pytest -m "not model and not api and not browser" $(ARGS)
+
+test-api: setup ## Test the aggregator's HTTP interface against its own description (a minute)
+	@$(PY) -m pytest -m api $(ARGS)
 
 test-model: model ## Run the tests that need the small model (or the one in FWDLLAMA_MODEL)
 	@FWDLLAMA_MODEL="$${FWDLLAMA_MODEL:-$$($(PY) -c 'from fwdllama.models import resolve; print(resolve("$(MODEL)"))')}" \
 		$(PY) -m pytest -m model $(ARGS)
+
+test-browser: setup ## Run the tests of the dashboard in Chromium (apt install chromium)
+	@$(PY) -m pytest -m browser $(ARGS)
 
 .venv/.bench: .venv/.ready
 	@echo "Installing torch for the back-propagation baseline"

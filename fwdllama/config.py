@@ -117,7 +117,7 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 53)] = 0  # exact in JSON, whoever reads it
     template: Literal["seed", "chat"] = "seed"
     space: SpaceConfig = SpaceConfig()
     estimator: EstimatorConfig = EstimatorConfig()

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import pygal
 from markupsafe import Markup
 from pygal.style import Style
+
+from fwdllama.formats import is_number
 
 # For its map plugins pygal leaves an import hook of a kind that Python 3.12 removed: on 3.11 every optional import that
 # finds nothing, anywhere in the program, would warn. There are no maps here.
@@ -52,11 +54,6 @@ class Figure:
     svg: Markup
     caption: str = ""
     legend: tuple[tuple[str, str], ...] = ()
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """True for finite ints and floats."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def nice_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:

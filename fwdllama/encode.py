@@ -66,13 +66,6 @@ class Encoder:
         self.invocation = invocation_tokens(model, template)
         self._bos = (model.bos,) if model.adds_bos and not template.bos else ()
         self._end = model.end_of_turn if template.name == "chat" else model.end
-        self._controls: dict[int, bool] = {}
-        self._expected = [
-            token
-            for segment in (*template.before, *template.after)
-            if segment.special
-            for token in self._control_tokens(model.tokenize(segment.text, special=True))
-        ]
         self._choices: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def question(self, example: Example) -> Encoded:
@@ -96,23 +89,7 @@ class Encoder:
         return Encoded(example.id, self._prompt(example), self.invocation, target, choices)
 
     def _prompt(self, example: Example) -> tuple[int, ...]:
-        segments = self.template.render(example)
-        text = "".join(segment.text for segment in segments)
-        if not any(segment.special for segment in segments):
-            return (*self._bos, *self.model.tokenize(text))
-        # As a whole, as an ordinary runtime would; but a user's text may spell control tokens, which must stay text.
-        tokens = self.model.tokenize(text, special=True)
-        if self._control_tokens(tokens) != self._expected:
-            tokens = self.model.encode(segments)
-        return (*self._bos, *tokens)
-
-    def _control_tokens(self, tokens: Sequence[int]) -> list[int]:
-        """Those of `tokens` that stand for no text."""
-        known = self._controls
-        for token in tokens:
-            if token not in known:
-                known[token] = not self.model.piece(token)
-        return [token for token in tokens if known[token]]
+        return (*self._bos, *segment_tokens(self.model, self.template.render(example)))
 
     def _behind_invocation(self, text: str) -> list[int]:
         last = self.template.invocation[-1].text
@@ -147,6 +124,18 @@ def encode_dataset(model: Model, dataset: Dataset, template: Template, *, n_ctx_
     return encoded if n_ctx_seq is None else encoded.within(n_ctx_seq)
 
 
+def segment_tokens(model: Model, segments: Sequence[Segment]) -> list[int]:
+    """Tokens of a prompt, without BOS: as a whole, as an ordinary runtime would, but what spells control tokens in plain segments stays text."""
+    text = "".join(segment.text for segment in segments)
+    if not any(segment.special for segment in segments):
+        return model.tokenize(text)
+    tokens = model.tokenize(text, special=True)
+    own = [token for segment in segments if segment.special for token in model.tokenize(segment.text, special=True)]
+    if list(filter(model.is_control, tokens)) != list(filter(model.is_control, own)):
+        return model.encode(tuple(segments))
+    return tokens
+
+
 def invocation_tokens(model: Model, template: Template) -> tuple[int, ...]:
     """The tokens from which the adapter of scope `answer` is on, as they are behind a prompt's last newline."""
     return tuple(_invocation(model, template.invocation))
@@ -179,12 +168,12 @@ def model_template(model: Model, name: Literal["seed", "chat"], kind: Kind) -> T
     return chat_template(
         model.info.chat_template or "",
         kind,
-        _spelling(model, model.info.bos_token),
-        _spelling(model, model.info.eos_token),
+        spelling(model, model.info.bos_token),
+        spelling(model, model.info.eos_token),
     )
 
 
-def _spelling(model: Model, token: int | None) -> str:
+def spelling(model: Model, token: int | None) -> str:
     """How a chat template writes a control token; `Model.piece` has no text for those."""
     if token is None:
         return ""

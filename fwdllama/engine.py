@@ -139,7 +139,7 @@ def open_engine(
         adapter = read_adapter(adapter_path)
         _check_scope(adapter_path, adapter, scope, force_scope)
         if not force_base:
-            _check_base(adapter_path, adapter, model_path)
+            check_base(str(adapter_path), adapter, model_path)
     if n_ctx is not None and n_ctx > info.context_length:
         log.warning("%s: its context of %d tokens is used instead of %d", model_path, info.context_length, n_ctx)
     options = engine_options(
@@ -172,11 +172,15 @@ def _check_scope(path: Path, adapter: Adapter, scope: Scope | None, force: bool)
         )
 
 
-def _check_base(path: Path, adapter: Adapter, model_path: Path) -> None:
-    """An adapter need not name its base model; hashing the model takes seconds, so it is done only where one does."""
+def check_base(label: str, adapter: Adapter, model_path: Path) -> None:
+    """An adapter need not name its base model; hashing the model takes seconds, so it is done only where one does.
+
+    Raises:
+        AdapterError: it names another one; `label` begins the sentence.
+    """
     wanted = adapter.metadata.get(BASE_KEY, "").removeprefix("sha256:")
     if wanted and wanted != (found := file_sha256(model_path, default_cache_dir())):
         raise AdapterError(
-            f"{path}: was trained on the base model with SHA-256 {wanted[:12]}, but {model_path} has {found[:12]}. "
+            f"{label}: was trained on the base model with SHA-256 {wanted[:12]}, but {model_path} has {found[:12]}. "
             "Use the model that it was trained on."
         )

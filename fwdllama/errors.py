@@ -8,7 +8,11 @@
     |-- EngineError        llama.cpp refused, or the installed build lacks something
     |-- NoiseError         the loss differences asked for are below what the model's arithmetic can resolve
     |-- ResourceError      memory, disk or permission is missing; found before work begins where possible
-    `-- RunError           a run directory is busy, damaged, or belongs to another model or configuration
+    |-- RunError           a run directory is busy, damaged, or belongs to another model or configuration
+    `-- FederationError    an aggregator and a device cannot work together
+        |-- Unreachable    no answer, or none that counts: the same may succeed later
+        |-- Refused        the aggregator said no, and would again
+        `-- Stopped        the user asked to stop while something was waited for
 
 Messages say what was wrong, the value, where, and what would be right, in one sentence or two. Files are checked by
 `gguf_tools`, whose own `gguf_tools.errors.FileError` is a leaf of the same kind (exit 1).
@@ -53,3 +57,27 @@ class ResourceError(FwdllamaError):
 
 class RunError(FwdllamaError):
     """A run directory cannot be used or continued."""
+
+
+class FederationError(FwdllamaError):
+    """An aggregator and a device cannot work together."""
+
+
+class Unreachable(FederationError):
+    """No answer came, or one that says "later"; `retry_after_s` is when, where it was told."""
+
+    def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
+
+
+class Refused(FederationError):
+    """The aggregator refused a request with an HTTP `status` below 500."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Stopped(FederationError):
+    """The user asked to stop while something was waited for."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
-
-from fwdllama.drawing import is_number
+from typing import Any, TypeGuard
 
 MISSING = "\N{EN DASH}"
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """True for finite ints and floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: object, digits: int = 3) -> str:

@@ -185,18 +185,26 @@ def read_ledger(path: Path, genesis: bytes | None = None) -> list[Entry]:
     return _scan(path, genesis)[0]
 
 
-def read_page(data: bytes, previous: bytes, first: int, source: str) -> tuple[list[Entry], bytes]:
+def read_page(data: bytes, previous: bytes | None, first: int, source: str) -> tuple[list[Entry], bytes]:
     """The entries of consecutive frames, as an aggregator sends them, and the hash of the last.
 
-    previous: the hash before them; first: the number that the first one must have.
+    previous: the hash before them, or None where it is not known: then the first frame's own is believed, and only what follows it is
+    checked. first: the number that the first one must have.
 
     Raises:
         RunError: cut short, damaged, or not the continuation of `previous`.
     """
-    entries, end, last = _checked(source, data, 0, previous, first)
+    skipped: list[Entry] = []
+    at = 0
+    if previous is None:
+        entry, at = next(_frames(source, data, 0), (None, 0))
+        if entry is None or entry.step != first:
+            raise RunError(f"{source}: the page does not begin with step {first}.")
+        skipped, previous = [entry], data[at - 32 : at]
+    entries, end, last = _checked(source, data, at, previous, first + len(skipped))
     if end != len(data):
         raise RunError(f"{source}: the page ends within the frame at byte {end}.")
-    return entries, last
+    return skipped + entries, last
 
 
 def _scan(path: Path, genesis: bytes | None) -> tuple[list[Entry], int, bytes]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from fwdllama.drawing import Figure, Point, Series, bar_figure, is_number, line_figure, thinned
+from fwdllama.drawing import Figure, Point, Series, bar_figure, line_figure, thinned
+from fwdllama.formats import is_number
 
 Row = Mapping[str, Any]
 

@@ -17,8 +17,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from fwdllama import plots
-from fwdllama.drawing import is_number
-from fwdllama.formats import change, clock, flat, number, percent, size
+from fwdllama.formats import change, clock, flat, is_number, number, percent, size
 from fwdllama.plots import Row
 from fwdllama.score import exact_match, f1
 from fwdllama.types import Scope

@@ -11,7 +11,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 import numpy as np
 from gguf import GGUFValueType, GGUFWriter
@@ -20,10 +20,13 @@ from gguf.gguf_writer import WriterState
 from numpy.typing import NDArray
 
 from gguf_tools.errors import FileError
-from gguf_tools.header import Header, TensorEntry
+from gguf_tools.header import Buffer, Header, TensorEntry
 from gguf_tools.mapping import mapped
 from gguf_tools.output import replacing
 from gguf_tools.validate import adapter_alpha, base_names, check_adapter
+
+if TYPE_CHECKING:
+    from gguf_tools.model import ModelInfo
 
 Scope = Literal["answer", "all"]
 NAMESPACE = "fwdllama."
@@ -157,21 +160,29 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         FileError: the first thing wrong with it.
     """
     with mapped(path) as data:
-        header = check_adapter(data, str(path))
-        tensors = {name: adapter_pair(header, name) for name in base_names(header)}
-        tokens = tuple(header.numbers(INVOCATION_KEY) or ())
-        return Adapter(
-            architecture=header.text("general.architecture") or "",
-            alpha=adapter_alpha(header),
-            tensors=tensors,
-            scope="answer" if tokens else "all",
-            invocation_tokens=tokens,
-            metadata={
-                key: header.text(key) or ""
-                for key, (kind, _) in header.values.items()
-                if kind == GGUFValueType.STRING and key.startswith(NAMESPACE)
-            },
-        )
+        return parse_adapter(data, str(path))
+
+
+def parse_adapter(data: Buffer, label: str, base: ModelInfo | None = None) -> Adapter:
+    """`read_adapter` of bytes that are already at hand; with `base` it must fit that model too.
+
+    Raises:
+        FileError: the first thing wrong with it; `label` begins the sentence.
+    """
+    header = check_adapter(data, label, base)
+    tokens = tuple(header.numbers(INVOCATION_KEY) or ())
+    return Adapter(
+        architecture=header.text("general.architecture") or "",
+        alpha=adapter_alpha(header),
+        tensors={name: adapter_pair(header, name) for name in base_names(header)},
+        scope="answer" if tokens else "all",
+        invocation_tokens=tokens,
+        metadata={
+            key: header.text(key) or ""
+            for key, (kind, _) in header.values.items()
+            if kind == GGUFValueType.STRING and key.startswith(NAMESPACE)
+        },
+    )
 
 
 def adapter_pair(header: Header, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

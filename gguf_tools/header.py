@@ -139,15 +139,16 @@ class _Cursor:
     def __init__(self, data: Buffer, label: str, end: int) -> None:
         self.data, self.label, self.end, self.at = data, label, end, 0
 
+    def wrong(self, sentence: str) -> FileError:
+        return FileError(f"{self.label}: {sentence}")
+
     def skip(self, n_bytes: int, what: str) -> int:
         """Move past `n_bytes` and return where they began."""
         start = self.at
         if n_bytes > self.end - start:
             whole = self.end == len(self.data)
             why = "the file is truncated or damaged" if whole else "the header is larger than allowed"
-            raise FileError(
-                f"{self.label}: {what} at byte {start} needs {n_bytes} bytes, but {self.end - start} are left; {why}."
-            )
+            raise self.wrong(f"{what} at byte {start} needs {n_bytes} bytes, but {self.end - start} are left; {why}.")
         self.at = start + n_bytes
         return start
 
@@ -169,12 +170,9 @@ class _Cursor:
         n = self.integer("Q", f"the number of {what}")
         fits = (self.end - self.at) // n_bytes_each
         if n > n_most:
-            raise FileError(f"{self.label}: claims {n} {what} at byte {start}, but at most {n_most} are accepted.")
+            raise self.wrong(f"claims {n} {what} at byte {start}, but at most {n_most} are accepted.")
         if n > fits:
-            raise FileError(
-                f"{self.label}: claims {n} {what} at byte {start}, but at most {fits} can follow; "
-                "the file is truncated or damaged."
-            )
+            raise self.wrong(f"claims {n} {what} at byte {start}, but at most {fits} can follow; the file is truncated or damaged.")
         return n
 
     def value(self, key: str) -> tuple[GGUFValueType, Scalar | Array]:
@@ -185,7 +183,7 @@ class _Cursor:
             return kind, self.read(_CODES[kind], f"the metadata value {key}")
         element = self._type(key)
         if element == GGUFValueType.ARRAY:
-            raise FileError(f"{self.label}: the metadata value {key} is an array of arrays, which GGUF does not allow.")
+            raise self.wrong(f"the metadata value {key} is an array of arrays, which GGUF does not allow.")
         size = 8 if element == GGUFValueType.STRING else struct.calcsize(f"<{_CODES[element]}")
         array = Array(element, self.count(1 << 63, size, f"elements of {key}"), self.at)
         if element == GGUFValueType.STRING:
@@ -199,7 +197,7 @@ class _Cursor:
         try:
             return GGUFValueType(raw)
         except ValueError:
-            raise FileError(f"{self.label}: the metadata value {key} has type {raw}, which GGUF lacks.") from None
+            raise self.wrong(f"the metadata value {key} has type {raw}, which GGUF lacks.") from None
 
     def _skip_strings(self, count: int, key: str) -> None:
         at, end, data, length = self.at, self.end, self.data, struct.Struct("<Q").unpack_from
@@ -214,10 +212,10 @@ class _Cursor:
         start = self.at
         n = self.integer("Q", f"the length of {what}")
         if not 1 <= n <= n_most:
-            raise FileError(f"{self.label}: {what} at byte {start} is {n} bytes long, but must have 1 to {n_most}.")
+            raise self.wrong(f"{what} at byte {start} is {n} bytes long, but must have 1 to {n_most}.")
         name = _decoded(self.data[self.skip(n, what) : self.at], f"{self.label}: {what} at byte {start}")
         if not name.isprintable():
-            raise FileError(f"{self.label}: {what} at byte {start} holds control characters: {name!r}.")
+            raise self.wrong(f"{what} at byte {start} holds control characters: {name!r}.")
         return name
 
 
@@ -227,76 +225,69 @@ def parse_header(data: Buffer, label: str, limits: Limits) -> Header:
     Raises:
         FileError: anything else.
     """
-    if len(data) > limits.file_bytes:
-        raise FileError(f"{label}: has {len(data)} bytes, but at most {limits.file_bytes} are accepted.")
-    if data[:4] != b"GGUF":
-        raise FileError(f"{label}: is not a GGUF file; it begins with {bytes(data[:4])!r} instead of b'GGUF'.")
     cursor = _Cursor(data, label, min(len(data), limits.header_bytes))
+    if len(data) > limits.file_bytes:
+        raise cursor.wrong(f"has {len(data)} bytes, but at most {limits.file_bytes} are accepted.")
+    if data[:4] != b"GGUF":
+        raise cursor.wrong(f"is not a GGUF file; it begins with {bytes(data[:4])!r} instead of b'GGUF'.")
     cursor.skip(4, "the magic")
     version = cursor.integer("I", "the version")
     if version not in (2, 3):
-        raise FileError(f"{label}: is GGUF version {version} (or of a big-endian machine); versions 2 and 3 are read.")
+        raise cursor.wrong(f"is GGUF version {version} (or of a big-endian machine); versions 2 and 3 are read.")
     n_tensors = cursor.count(limits.n_tensors, 32, "tensors")
     n_keys = cursor.count(limits.n_keys, 13, "metadata values")
     values: dict[str, tuple[GGUFValueType, Scalar | Array]] = {}
     for _ in range(n_keys):
         key = cursor.name("a metadata key", 65_535)
         if key in values:
-            raise FileError(f"{label}: the metadata key {key!r} occurs twice.")
+            raise cursor.wrong(f"the metadata key {key!r} occurs twice.")
         values[key] = cursor.value(key)
-    alignment = _alignment(values, label)
-    found = [_tensor(cursor) for _ in range(n_tensors)]
-    tensors = _placed(found, cursor.at + -cursor.at % alignment, alignment, label, len(data))
+    alignment = _alignment(cursor, values)
+    tensors = _placed(cursor, [_tensor(cursor) for _ in range(n_tensors)], alignment)
     last = max((entry.offset + entry.size_bytes for entry in tensors.values()), default=cursor.at)
     return Header(label, data, values, tensors, last)
 
 
-def _alignment(values: Mapping[str, tuple[GGUFValueType, Scalar | Array]], label: str) -> int:
+def _alignment(cursor: _Cursor, values: Mapping[str, tuple[GGUFValueType, Scalar | Array]]) -> int:
     kind, value = values.get("general.alignment", (GGUFValueType.UINT32, 32))
     if kind != GGUFValueType.UINT32 or not isinstance(value, int) or value.bit_count() != 1 or value > 1 << 16:
-        raise FileError(
-            f"{label}: general.alignment is {value!r:.80} of type {kind.name}, "
-            "but must be a power of two up to 65536 of type UINT32."
-        )
+        raise cursor.wrong(f"general.alignment is {value!r:.80} of type {kind.name}, but must be a power of two up to 65536 of type UINT32.")
     return value
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, TensorEntry]:
     """One entry of the tensor list, its offset still relative to the data section."""
     name = cursor.name("a tensor name", _MAX_NAME)
-    where = f"{cursor.label}: {name}"
     n_dims = cursor.integer("I", f"the shape of {name}")
     if not 1 <= n_dims <= 4:
-        raise FileError(f"{where} has {n_dims} dimensions, but a tensor has 1 to 4.")
+        raise cursor.wrong(f"{name} has {n_dims} dimensions, but a tensor has 1 to 4.")
     shape = tuple(cursor.integer("Q", f"the shape of {name}") for _ in range(n_dims))[::-1]
     raw = cursor.integer("I", f"the type of {name}")
     try:
         kind = GGMLQuantizationType(raw)
     except ValueError:
-        raise FileError(f"{where} has tensor type {raw}, which is unknown.") from None
+        raise cursor.wrong(f"{name} has tensor type {raw}, which is unknown.") from None
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if math.prod(shape) == 0 or shape[-1] % block:
-        raise FileError(f"{where} has shape {shape}; rows of type {kind.name} are whole blocks of {block}, none empty.")
+        raise cursor.wrong(f"{name} has shape {shape}; rows of type {kind.name} are whole blocks of {block}, none empty.")
     size_bytes = math.prod(shape) // block * block_bytes
     return name, TensorEntry(shape, kind, cursor.integer("Q", f"the offset of {name}"), size_bytes)
 
 
-def _placed(
-    found: list[tuple[str, TensorEntry]], start: int, alignment: int, label: str, n_bytes: int
-) -> dict[str, TensorEntry]:
-    """The tensors at absolute offsets, which must be the ones that llama.cpp computes for itself."""
+def _placed(cursor: _Cursor, found: list[tuple[str, TensorEntry]], alignment: int) -> dict[str, TensorEntry]:
+    """The tensors at absolute offsets, which must be the ones that llama.cpp computes for itself: data begins behind the cursor."""
     tensors: dict[str, TensorEntry] = {}
-    expected = 0
+    start, expected, n_bytes = cursor.at + -cursor.at % alignment, 0, len(cursor.data)
     for name, entry in found:
         if name in tensors:
-            raise FileError(f"{label}: the tensor {name} occurs twice.")
+            raise cursor.wrong(f"the tensor {name} occurs twice.")
         if entry.offset != expected:
             how = "overlapping the one before" if entry.offset < expected else "after a gap"
             how = "misaligned" if entry.offset % alignment else how
-            raise FileError(f"{label}: {name} lies at offset {entry.offset} ({how}), but must be at {expected}.")
+            raise cursor.wrong(f"{name} lies at offset {entry.offset} ({how}), but must be at {expected}.")
         end = start + entry.offset + entry.size_bytes
         if end > n_bytes:
-            raise FileError(f"{label}: is truncated: {name} ends at byte {end}, but the file has {n_bytes} bytes.")
+            raise cursor.wrong(f"is truncated: {name} ends at byte {end}, but the file has {n_bytes} bytes.")
         tensors[name] = TensorEntry(entry.shape, entry.type, start + entry.offset, entry.size_bytes)
         expected += entry.size_bytes + -entry.size_bytes % alignment
     return tensors

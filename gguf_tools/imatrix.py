@@ -30,7 +30,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]
     Raises:
         FileError: the file is damaged, of another kind, or holds numbers that are no mean squares.
     """
-    with mapped(path) as data:
+    with mapped(path) as data, np.errstate(invalid="ignore"):  # dividing a signalling NaN would warn; it is refused below
         found = _gguf(data, str(path)) if data[:4] == b"GGUF" else _legacy(data, str(path))
     for name, values in found.items():
         if not (np.isfinite(values).all() and (values >= 0).all()):

@@ -1,1 +1,1 @@
-"""The aggregator: hands out seeds, merges losses, keeps the ledger, serves adapters. It never imports llama_cpp."""
+"""The aggregator: hands out seeds, merges losses, keeps the ledger, serves adapters. Of all this only `inference` reaches llama.cpp."""

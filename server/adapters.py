@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from fwdllama.federation import message as m
 
-from .context import Context, context_of, refusals
+from .context import MEMBERS, Context, context_of, refusals
 from .devices import OCTETS, RunName
 from .download import download, not_modified
 from .errors import Refused
@@ -23,7 +23,7 @@ from .schema import blobs, versions
 from .state import run_named
 from .view import version_views
 
-router = APIRouter(prefix="/v1", tags=["adapters"])
+router = APIRouter(prefix="/v1", tags=["adapters"], dependencies=MEMBERS)
 VersionName = Annotated[str, Path(pattern=r"^(latest|best|[0-9]{1,9})$", description="latest, best or a number.")]
 Sha256 = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 KEPT_FILES = 8
@@ -140,7 +140,7 @@ async def blob(request: Request, sha256: Sha256) -> Response:
     return download(request, found[0], f'"{sha256}"', "application/octet-stream", {"cache-control": "private, max-age=31536000, immutable"})
 
 
-@router.put("/blobs/sha256:{sha256}", status_code=201, response_class=Response, responses=refusals(401, 413, 422, 429))
+@router.put("/blobs/sha256:{sha256}", status_code=201, response_class=Response, responses=refusals(401, 409, 413, 422, 429))
 async def upload(request: Request, sha256: Sha256) -> Response:
     """Keep an initial adapter; it is checked when a run is made of it."""
     context = context_of(request)
@@ -148,6 +148,6 @@ async def upload(request: Request, sha256: Sha256) -> Response:
     data = await request.body()
     actual = hashlib.sha256(data).hexdigest()
     if actual != sha256:
-        raise Refused(422, f"the body's sha256 is {actual}, not {sha256}.")
+        raise Refused(409, f"the body's sha256 is {actual}, not {sha256}.")
     await context.store.write(lambda c: store_blob(c, data, public=False))
     return Response(status_code=201)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Body, Depends, Path, Query, Request
+from fastapi import APIRouter, Body, Depends, Path, Query, Request, Security
 from pydantic import Field
 from sqlalchemy.engine import Connection
 from starlette.responses import Response
@@ -20,23 +20,24 @@ from fwdllama.federation.spec import RunSpec
 from .aggregate import wanted
 from .audit import record
 from .auth import ADMIN, hashed
-from .context import Context, as_json, context_of, refusals
+from .context import BEARER, Context, as_json, context_of, refusals
 from .delivery import finish
 from .devices import RunName
 from .errors import Refused
 from .registry import add_version, checked_origin, store_blob
+from .rollback import rolled_back
 from .rounds import n_counted, n_leased
 from .schema import audit, blobs, devices, entries, runs, tokens
-from .state import Open, change, open_round, rolled_back, run_named, say
+from .state import Open, change, open_round, run_named, say
 from .view import run_view
 
 
-def administrator(request: Request) -> None:
+async def administrator(request: Request) -> None:
     """Let only an administrator through."""
     context_of(request).administrator(request)
 
 
-router = APIRouter(prefix="/v1", tags=["administration"], dependencies=[Depends(administrator)])
+router = APIRouter(prefix="/v1", tags=["administration"], dependencies=[Security(BEARER), Depends(administrator)])
 Limit = Annotated[int, Query(ge=1, le=1000)]
 From = Annotated[int, Query(alias="from", ge=0, lt=1 << 31)]
 Name = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -51,8 +52,8 @@ class Rollback(Section):
 class NewToken(Section):
     """An enrolment token to be made. uses: None for any number; expires_s: None for never."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)] = "devices"
-    uses: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    name: m.Label = "devices"
+    uses: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     expires_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
 
 
@@ -146,7 +147,7 @@ async def create_run(request: Request, spec: Annotated[RunSpec, Body()]) -> Resp
             raise Refused(409, f"there is a run {spec.name!r} already.")
         data = connection.execute(sa.select(blobs.c.data).where(blobs.c.sha256 == spec.initial)).scalar_one_or_none()
         if data is None:
-            raise Refused(422, f"the initial adapter {spec.initial} is not here; upload it as a blob first.")
+            raise Refused(409, f"the initial adapter {spec.initial} is not here; upload it as a blob first.")
         origin = checked_origin(spec, data)
         if spec.public:
             store_blob(connection, data, public=True)
@@ -287,17 +288,16 @@ def progress_view(connection: Connection, context: Context, named: str) -> Progr
 async def create_token(request: Request, new: Annotated[NewToken, Body()]) -> Response:
     """Make an enrolment token."""
     context = context_of(request)
-    now, token, id_ = context.now(), secrets.token_urlsafe(24), f"k{secrets.token_hex(6)}"
+    return as_json(await context.store.write(lambda c: new_token(c, new, context.now())), 201)
+
+
+def new_token(connection: Connection, new: NewToken, now: float) -> Token:
+    """Make an enrolment token; only its hash is kept."""
+    token, id_ = secrets.token_urlsafe(24), f"k{secrets.token_hex(6)}"
     expires = None if new.expires_s is None else now + new.expires_s
-
-    def act(connection: Connection) -> Token:
-        connection.execute(
-            tokens.insert().values(id=id_, hash=hashed(token), name=new.name, uses_left=new.uses, expires_at=expires, created_at=now)
-        )
-        record(connection, now, ADMIN, "token-created", {"id": id_, "name": new.name, "uses": new.uses, "expires_at": expires})
-        return Token(id=id_, name=new.name, uses_left=new.uses, expires_at=expires, created_at=now, token=token)
-
-    return as_json(await context.store.write(act), 201)
+    connection.execute(tokens.insert().values(id=id_, hash=hashed(token), name=new.name, uses_left=new.uses, expires_at=expires, created_at=now))
+    record(connection, now, ADMIN, "token-created", {"id": id_, "name": new.name, "uses": new.uses, "expires_at": expires})
+    return Token(id=id_, name=new.name, uses_left=new.uses, expires_at=expires, created_at=now, token=token)
 
 
 @router.get("/tokens", response_model=list[Token], responses=refusals(401, 422, 429))

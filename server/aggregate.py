@@ -149,7 +149,8 @@ def merge(contributions: Sequence[Contribution], spec: RunSpec, learner: Learner
     step = spec.train.step
     lr = learning_rate(step.lr, fraction=fraction, final=step.final_lr, n_probes=learner.n_probes, half_life=step.half_life)
     values = coefficients(limited * weights, lr, running.mean_square or 0.0, spec.train.estimator.examples_per_probe)
-    n_examples = [sum(c.result.examples) for c in contributions]
+    per_probe = spec.train.estimator.examples_per_probe
+    n_examples = [sum(min(n, per_probe) for n in c.result.examples) for c in contributions]
     return Merged(
         Entry(number, seeds, values),
         Learner(running.mean_square, learner.n_probes + len(seeds)),

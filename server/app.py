@@ -10,15 +10,17 @@ from collections.abc import AsyncIterator
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from sqlalchemy.engine import Connection
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from . import adapters, administration, devices, live
+from . import adapters, administration, dashboard, devices, live
 from .context import Context
 from .delivery import tick
-from .errors import Refused
+from .errors import Refused, reason
 from .limits import BodyLimit
+from .observation import Observed
 from .schema import events
 
 log = logging.getLogger("fwdllama.server")
@@ -46,8 +48,10 @@ def create_app(context: Context) -> FastAPI:
     )
     app.state.context = context
     app.add_middleware(BodyLimit, limits=context.limits)
+    app.add_middleware(Observed, requests=context.requests)  # the last one added is the outermost
     for module in (devices, adapters, administration, live):
         app.include_router(module.router)
+    app.include_router(dashboard.router(context.model_server))
 
     @app.exception_handler(Refused)
     async def _refused(request: Request, error: Refused) -> JSONResponse:
@@ -56,18 +60,34 @@ def create_app(context: Context) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": sentence(error)}, status_code=422)
+        # Fields that are right one by one and contradict each other are a conflict, which no schema can express.
+        contradicts = error.errors()[0]["type"] == "value_error"
+        return JSONResponse({"detail": sentence(error)}, status_code=409 if contradicts else 422)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"detail": str(error.detail)}, status_code=error.status_code, headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["allow"] = ", ".join(_methods(app, request))
+        if error.status_code == 400:  # the framework's word for a body that is not text
+            return JSONResponse({"detail": "the body is not JSON in UTF-8."}, status_code=422)
+        return JSONResponse({"detail": str(error.detail)}, status_code=error.status_code, headers=headers)
 
     @app.exception_handler(sa.exc.OperationalError)
     async def _unwritten(request: Request, error: sa.exc.OperationalError) -> JSONResponse:
-        log.error("the database refused: %s", error.orig)
+        log.error("the database refused: %s", reason(error))
         return JSONResponse({"detail": "the database cannot be used at the moment; try again."}, status_code=503, headers={"retry-after": "5"})
 
     return app
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What the routes of a path can do together."""
+    found: set[str] = set()
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.path_regex.match(request.url.path):
+            found |= route.methods or set()
+    return sorted(found)
 
 
 def sentence(error: RequestValidationError) -> str:

@@ -13,11 +13,12 @@ from .errors import Refused
 from .registry import Registry
 from .rounds import Lease, free_slot, wait_s
 from .schema import devices, tasks
-from .state import Open, marked, open_round, release, slot_seeds
+from .state import LEASE_COLUMNS, Open, marked, open_round, slot_seeds
 
 ACTIVE_S = 600.0  # an evaluating device that was not seen for so long may be replaced
 CHECK_INS_PER_S = 50  # that waiting devices should cause together
 EXCHANGE_S = 0.5
+RESTING_S = 60.0  # before a device that must not work is heard of again
 _LEASED = tasks.insert()
 _ABOUT = (
     devices.update()
@@ -42,6 +43,8 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
         return Assignment(wait=Wait(least_s=0, most_s=0, reason=f"run {row.name} is finished: {row.reason}", finished=True))
     if row.status == "paused":
         return _wait(30.0, n_active, f"run {row.name} is paused" + (f": {row.reason}" if row.reason else ""))
+    if checkin.resting:
+        return _wait(RESTING_S, n_active, "the device must not work now")
     if (version := int(row.version)) % spec.evaluation.every == 0 or run.last:
         task = _evaluation(connection, run, device, now)
         if task is not None:
@@ -49,17 +52,17 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
     if run.last:
         return _wait(2.0, n_active, f"run {row.name} is being scored for the last time")
     current = open_round(connection, registry, run)
-    held = [lease for lease in current.leases if lease.device == device and lease.active(now)]
-    if held:  # whoever asks for work is not at work: the device was restarted, or never heard of its task
-        current = current.released([lease.task for lease in held], now)
-        release(connection, registry, run, current, [lease.task for lease in held], now)
+    # A device has one task at a time: asking again, after a restart or to keep others from working, brings the same.
+    mine = next((x for x in current.leases if x.device == device and x.round == version and x.active(now)), None)
+    if mine is not None:
+        return Assignment(task=_task(run, mine, "train", slot_seeds(registry, connection, run, version, mine.slot), now))
     slot = free_slot(current, spec.round, device, now)
     if slot is None:
         return _wait(wait_s(current, spec.round, now), n_active, f"all probes of round {version} are given out")
     seeds = slot_seeds(registry, connection, run, version, slot)
     lease = _leased(connection, run, device, "train", slot, now)
     marked(connection, registry, run, current.with_lease(lease))
-    return Assignment(task=_task(run, lease, "train", seeds))
+    return Assignment(task=_task(run, lease, "train", seeds, now))
 
 
 def _wait(least_s: float, n_active: int, reason: str) -> Assignment:
@@ -87,7 +90,7 @@ def _leased(connection: Connection, run: Open, device: str, kind: str, slot: int
     return lease
 
 
-def _task(run: Open, lease: Lease, kind: str, seeds: list[int]) -> Task:
+def _task(run: Open, lease: Lease, kind: str, seeds: list[int], now: float) -> Task:
     return Task.model_validate(
         {
             "task": lease.task,
@@ -96,7 +99,7 @@ def _task(run: Open, lease: Lease, kind: str, seeds: list[int]) -> Task:
             "version": lease.round,
             "theta_digest": run.row.theta_digest,
             "seeds": seeds,
-            "lease_s": run.spec.round.lease_s,
+            "lease_s": lease.until - now,
         }
     )
 
@@ -107,10 +110,13 @@ def _evaluation(connection: Connection, run: Open, device: str, now: float) -> T
     The same devices are asked every time, as far as they are there: losses on different questions do not compare.
     """
     given = connection.execute(
-        sa.select(tasks.c.device, tasks.c.until, tasks.c.counted).where(
+        sa.select(*LEASE_COLUMNS).where(
             tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(run.row.version)
         )
     ).all()
+    mine = next((x for x in given if x.device == device and x.counted is None and now < x.until), None)
+    if mine is not None:
+        return _task(run, Lease(mine.id, mine.version, mine.slot, device, mine.leased_at, mine.until), "evaluate", [], now)
     taken = {x.device for x in given if x.counted is not None or now < x.until}
     if device in taken or len(taken) >= run.spec.evaluation.devices:
         return None
@@ -129,4 +135,4 @@ def _evaluation(connection: Connection, run: Open, device: str, now: float) -> T
     members = {x.device for x in panel}
     if device not in members and len(members | taken) >= run.spec.evaluation.devices:
         return None
-    return _task(run, _leased(connection, run, device, "evaluate", 0, now), "evaluate", [])
+    return _task(run, _leased(connection, run, device, "evaluate", 0, now), "evaluate", [], now)

@@ -6,10 +6,13 @@ holds no secret: a copy of it lets nobody in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
+import re
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +20,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from starlette.requests import Request
 
+from fwdllama.errors import ResourceError
 from fwdllama.federation import signature as signed
 
 from .errors import Refused
 from .schema import devices, tokens
 
 ADMIN = "admin"
+_SECRET = re.compile("[0-9a-f]{64}")
 _ADMITTED = (
     devices.update()
     .where(devices.c.id == sa.bindparam("device_id"), devices.c.revoked_at.is_(None), devices.c.last_nonce < sa.bindparam("nonce"))
@@ -47,23 +52,30 @@ def _kept(path: Path) -> str:
     """The content of a file that only its owner may read; 32 random bytes in hex where there is none.
 
     Raises:
-        Refused: others may read it, or it is not what was written.
+        ResourceError: others may read it, or it is not what was written.
     """
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        if path.stat().st_mode & 0o077:
-            raise Refused(500, f"{path} can be read by others; it must have mode 0600.") from None
-        text = path.read_text().strip()
-        if len(text) != 64:
-            raise Refused(500, f"{path} must hold 64 hex digits.") from None
-        return text
-    with os.fdopen(descriptor, "w") as file:
-        text = secrets.token_hex(32)
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    if not path.exists():
+        _make(path)
+    if path.stat().st_mode & 0o077:
+        raise ResourceError(f"{path} can be read by others; it must have mode 0600: chmod 600 {path}")
+    text = path.read_text(errors="replace").strip()
+    if _SECRET.fullmatch(text) is None:
+        raise ResourceError(f"{path} must hold 64 hex digits; put it back from a backup, or remove it for a new one.")
     return text
+
+
+def _make(path: Path) -> None:
+    """A new secret, whole or not at all, and never in the place of one that another process made meanwhile."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 0600
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
 
 
 def hashed(token: str) -> str:
@@ -108,7 +120,10 @@ def verified(request: Request, body: bytes, known: Secrets, now: float) -> Signa
         raise Refused(401, f"{signed.NONCE} is {nonce}, but must be between 1 and 2**63 - 1.")
     if not abs(time_s - now) <= signed.MAX_SKEW_S:
         raise Refused(401, f"the request's time differs by {time_s - now:.0f} s from the aggregator's; at most {signed.MAX_SKEW_S:.0f} are allowed.")
-    target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    # Never `request.url`: it is put together from the Host header, which could bring a path of its own.
+    target, query = request.scope["raw_path"].decode("latin-1"), request.scope["query_string"].decode("latin-1")
+    if query:
+        target += f"?{query}"
     expected = signed.signature(signed.device_key(known.device, device), request.method, target, body, nonce, time_s)
     given = request.headers.get(signed.SIGNATURE, "")
     if not hmac.compare_digest(expected.encode(), given.encode()):

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel
 from sqlalchemy.engine import Connection
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fwdllama.federation.message import Problem
+from fwdllama.federation.signature import SIGNATURE
 
 from .auth import Secrets, Signature, admit, bearer, is_admin, verified
 from .errors import Refused
 from .limits import Bucket, Limits
+from .metrics import Requests
 from .registry import Registry
 from .schema import devices
 from .store import Store
 
 T = TypeVar("T")
 ACTIVE_S = 300.0
+
+
+# For the OpenAPI document only: who is asking is checked by the routes themselves, with a sentence.
+BEARER = HTTPBearer(auto_error=False, description="An administrator's key; to enrol, an enrolment token.")
+SIGNED = APIKeyHeader(name=SIGNATURE, auto_error=False, description="A device's signature, with three more headers: docs/protocol.md, 2.")
+MEMBERS = [Security(BEARER), Security(SIGNED)]
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -39,8 +50,10 @@ class Context:
     secrets: Secrets
     limits: Limits = field(default_factory=Limits)
     model_server: str | None = None
+    public_metrics: bool = False
     now: Callable[[], float] = time.time
     registry: Registry = field(default_factory=Registry)
+    requests: Requests = field(default_factory=Requests)
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +108,16 @@ class Context:
             self.administrator(request)
             return await self.store.read(act)
         return await self.signed(request, lambda connection, device: act(connection))
+
+
+def is_local(request: Request) -> bool:
+    """Whether a request comes from this machine, and was not passed on by a proxy on it."""
+    if {"forwarded", "x-forwarded-for"} & set(request.headers):
+        return False
+    try:
+        return ipaddress.ip_address(address(request)).is_loopback
+    except ValueError:
+        return False
 
 
 def address(request: Request) -> str:

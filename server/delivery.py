@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
@@ -16,6 +15,7 @@ from .errors import Refused
 from .registry import Registry
 from .rounds import Lease, Round, decide, judge, n_counted
 from .schema import devices, runs, tasks, versions
+from .scoring import score_version
 from .state import Open, change, close, contributions, new_mark, open_round, release, run_named, say, waste
 
 _TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam("task_id"), tasks.c.device == sa.bindparam("device_id"))
@@ -57,7 +57,7 @@ def deliver(
         same = row.result == text
         return Receipt(duplicate=True) if same else Refused(409, f"another result of task {task} was accepted before."), run.id
     n_seeds = run.spec.round.probes_per_task
-    refusal = _refusal(run, row, result, n_seeds)
+    refusal = _refusal(connection, run, row, result, n_seeds)
     if refusal is None and isinstance(result, TrainResult):
         current = open_round(connection, registry, run)
         lease = Lease(row.id, row.version, row.slot, row.device, row.leased_at, row.until)
@@ -68,9 +68,8 @@ def deliver(
             refusal = Refused(verdict.status, verdict.sentence)
             change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
     if refusal is not None:
-        if row.kind == "train" and refusal.status == 422:  # its device will not do better: the slot goes to another
-            current = open_round(connection, registry, run).released([task], now)
-            release(connection, registry, run, current, [task], now)
+        if refusal.status == 422:  # its device has done with it, so that another need not wait for the lease to end
+            release(connection, registry, run, task, now)
         change(connection, run.id, n_refused=runs.c.n_refused + 1)
         connection.execute(devices.update().where(devices.c.id == device).values(n_refused=devices.c.n_refused + 1))
         say(connection, run.id, "result-refused", now, {"device": device, "task": task, "status": refusal.status, "why": refusal.sentence})
@@ -88,11 +87,20 @@ def deliver(
         registry.keep_round(run.id, mark, current)
         advance(connection, registry, run, current, now)
     else:
-        _scored(connection, run, int(row.version), now)
+        n_reports = score_version(connection, run, int(row.version), now)
+        if run.last and row.version == run.row.version and n_reports >= run.spec.evaluation.devices:
+            finish(connection, run, "the budget is used up", now)
     return Receipt(), run.id
 
 
-def _refusal(run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_seeds: int) -> Refused | None:
+def _digest(connection: Connection, run: Open, version: int) -> str:
+    if version == int(run.row.version):
+        return str(run.row.theta_digest)
+    where = (versions.c.run == run.id) & (versions.c.version == version)
+    return str(connection.execute(sa.select(versions.c.theta_digest).where(where)).scalar_one())
+
+
+def _refusal(connection: Connection, run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_seeds: int) -> Refused | None:
     if run.row.status == "finished":
         return Refused(410, f"late: run {run.row.name} is finished.")
     if result.kind != row.kind:
@@ -102,8 +110,8 @@ def _refusal(run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_s
     else:
         most = run.spec.aggregation.max_loss
         wrong = None if 0.0 <= result.loss <= most else f"loss is {result.loss!r}, but must be between 0 and {most:g} nats."
-    if wrong is None and row.version == int(run.row.version) and result.theta_digest != run.row.theta_digest:
-        wrong = f"the result was computed at {result.theta_digest[:12]}, but version {row.version} is {run.row.theta_digest[:12]}."
+    if wrong is None and row.version >= 0 and result.theta_digest != (digest := _digest(connection, run, row.version)):
+        wrong = f"the result was computed at {result.theta_digest[:12]}, but version {row.version} is {digest[:12]}."
     return None if wrong is None else Refused(422, wrong)
 
 
@@ -127,32 +135,6 @@ def advance(connection: Connection, registry: Registry, run: Open, current: Roun
         change(connection, run.id, status="paused", reason=reason, extensions=0)
         record(connection, now, "round", "round-abandoned", {"run": run.row.name, "round": current.number, "reason": reason})
         say(connection, run.id, "round-abandoned", now, {"run": run.row.name, "round": current.number, "reason": reason})
-
-
-def _scored(connection: Connection, run: Open, version: int, now: float) -> None:
-    """The mean held-out loss of a version, weighted by examples; then best version, patience, and the end of a run."""
-    where = (tasks.c.run == run.id) & (tasks.c.kind == "evaluate") & (tasks.c.counted == version)
-    reports = [EvaluateResult.model_validate_json(x.result) for x in connection.execute(sa.select(tasks.c.result).where(where))]
-    n_examples = sum(report.n_examples for report in reports)
-    if n_examples:
-        loss = float(np.average([r.loss for r in reports], weights=[r.n_examples for r in reports]))
-        at = (versions.c.run == run.id) & (versions.c.version == version)
-        connection.execute(versions.update().where(at).values(held_out_loss=loss, n_evaluated=n_examples))
-        _judge(connection, run, version)
-        say(connection, run.id, "version-evaluated", now, {"run": run.row.name, "version": version, "held_out_loss": loss, "examples": n_examples})
-    if run.last and version == int(run.row.version) and len(reports) >= run.spec.evaluation.devices:
-        finish(connection, run, "the budget is used up", now)
-
-
-def _judge(connection: Connection, run: Open, version: int) -> None:
-    scored = connection.execute(
-        sa.select(versions.c.version, versions.c.held_out_loss)
-        .where(versions.c.run == run.id, versions.c.held_out_loss.is_not(None))
-        .order_by(versions.c.version)
-    ).all()
-    best = min(scored, key=lambda x: x.held_out_loss)
-    since = sum(1 for x in scored if x.version > best.version)
-    change(connection, run.id, best_version=best.version, best_loss=best.held_out_loss, since_best=since)
 
 
 def finish(connection: Connection, run: Open, reason: str, now: float) -> None:

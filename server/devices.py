@@ -16,7 +16,7 @@ from fwdllama.federation.signature import device_key
 
 from .assignment import check_in
 from .auth import bearer, spend
-from .context import address, as_json, context_of, refusals
+from .context import MEMBERS, address, as_json, context_of, refusals
 from .delivery import deliver
 from .errors import Refused
 from .registry import ledger_page
@@ -24,7 +24,7 @@ from .schema import devices, runs
 from .state import run_named, say
 from .view import run_view
 
-router = APIRouter(prefix="/v1", tags=["devices"])
+router = APIRouter(prefix="/v1", tags=["devices"], dependencies=MEMBERS)
 RunName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="A run's name or id.")]
 TaskName = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 OCTETS: dict[int | str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ async def deliver_route(request: Request, task: TaskName, delivery: Annotated[m.
     return as_json(answer)
 
 
-@router.get("/runs/{run}/ledger", response_class=Response, responses={**OCTETS, **refusals(401, 404, 416, 422, 429)})
+@router.get("/runs/{run}/ledger", response_class=Response, responses={**OCTETS, **refusals(401, 404, 422, 429)})
 async def ledger(request: Request, run: RunName, from_: Annotated[int, Query(alias="from", ge=0, lt=1 << 31)] = 0) -> Response:
     """Ledger frames from an entry on, as many as a page holds; `x-fwdllama-next` numbers the entry after them."""
     context = context_of(request)
@@ -115,7 +115,7 @@ async def ledger(request: Request, run: RunName, from_: Annotated[int, Query(ali
         found = run_named(connection, context.registry, run)
         latest = int(found.row.version)
         if from_ > latest:
-            raise Refused(416, f"run {found.row.name} has entries 0 to {latest - 1}; none from {from_} on.")
+            raise Refused(404, f"run {found.row.name} has entries 0 to {latest - 1}; none from {from_} on.")
         page, following = ledger_page(connection, found.id, from_, latest, context.limits.ledger_page_bytes)
         headers = {"x-fwdllama-next": str(following), "x-fwdllama-version": str(latest)}
         return Response(page, media_type="application/octet-stream", headers=headers)

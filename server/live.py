@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Security
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.engine import Connection
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .administration import progress_view
-from .context import Context, context_of, refusals
+from .context import ACTIVE_S, BEARER, Context, context_of, is_local, refusals
+from .metrics import standing
 from .schema import events, runs
 from .state import run_named
 
@@ -26,6 +28,7 @@ PAGE = 200
 @router.get(
     "/v1/events",
     tags=["administration"],
+    dependencies=[Security(BEARER)],
     response_class=Response,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **refusals(401, 404, 422, 429)},
 )
@@ -83,6 +86,21 @@ def _news(connection: Connection, context: Context, run: str | None, after: int)
         open_ = open_.where(runs.c.id == run)
     ids = connection.execute(open_.limit(20)).scalars().all()
     return found, {id_: progress_view(connection, context, id_).model_dump_json() for id_ in ids}
+
+
+@router.get(
+    "/metrics",
+    tags=["operation"],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refusals(401, 429)},
+)
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus: from this machine without a key, from elsewhere with the administrator's, unless they are public."""
+    context = context_of(request)
+    if not (context.public_metrics or is_local(request)):
+        context.administrator(request)
+    text = await context.store.read(lambda c: standing(c, context.registry, context.now(), ACTIVE_S))
+    return Response(text + await asyncio.to_thread(context.requests.text), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/health", tags=["operation"])

@@ -33,6 +33,7 @@ class Held:
     """Theta of a version, and the change that led to it (None: not known here)."""
 
     version: int
+    digest: str  # of theta
     theta: NDArray[np.float32]
     update: NDArray[np.float32] | None
 
@@ -44,7 +45,7 @@ class Registry:
         self._specs: dict[str, RunSpec] = {}
         self._origins: OrderedDict[str, Origin] = OrderedDict()
         self._held: OrderedDict[str, Held] = OrderedDict()
-        self._rounds: dict[str, tuple[int, Round]] = {}
+        self._rounds: dict[str, tuple[int | None, Round]] = {}
         self._lock = threading.RLock()
 
     def spec(self, connection: Connection, run: str) -> RunSpec:
@@ -54,12 +55,12 @@ class Registry:
             self._specs[run] = RunSpec.model_validate_json(text)
         return self._specs[run]
 
-    def round(self, run: str, version: int, mark: int) -> Round | None:
+    def round(self, run: str, version: int, mark: int | None) -> Round | None:
         """The open round, if what is remembered of it is what has this mark."""
         known = self._rounds.get(run)
         return known[1] if known is not None and known[0] == mark and known[1].number == version else None
 
-    def keep_round(self, run: str, mark: int, current: Round) -> None:
+    def keep_round(self, run: str, mark: int | None, current: Round) -> None:
         """Remember the open round by its mark."""
         self._rounds[run] = (mark, current)
 
@@ -75,13 +76,18 @@ class Registry:
             return self._origins[run]
 
     def held(self, connection: Connection, run: str, version: int) -> Held:
-        """Theta of the newest version, kept for the next call."""
+        """Theta of the newest version, kept for the next call.
+
+        What is kept may be of a commit that failed, after which another worker closed the round with other results: its digest tells.
+        """
         with self._lock:
             held = self._held.get(run)
-        if held is None or held.version != version:
+        at = (versions.c.run == run) & (versions.c.version == version)
+        digest = str(connection.execute(sa.select(versions.c.theta_digest).where(at)).scalar_one())
+        if held is None or (held.version, held.digest) != (version, digest):
             theta = self.theta(connection, run, version)
             before = self.theta(connection, run, version - 1) if version else None
-            held = Held(version, theta, None if before is None else before - theta)
+            held = Held(version, digest, theta, None if before is None else before - theta)
             self.keep(run, held)
         return held
 
@@ -192,12 +198,12 @@ def checked_origin(spec: RunSpec, initial: bytes) -> Origin:
     """`origin_of`, refused as a request is.
 
     Raises:
-        Refused: 422, the initial adapter does not fit the run.
+        Refused: 409, the initial adapter does not fit the run.
     """
     try:
         return origin_of(spec, initial)
     except FwdllamaError as error:
-        raise Refused(422, str(error)) from error
+        raise Refused(409, str(error)) from error
 
 
 def add_version(connection: Connection, run: str, version: int, **values: object) -> None:

@@ -1,4 +1,4 @@
-"""The tables. What cannot be derived is stored once; nothing secret is stored at all, tokens and keys only as hashes.
+"""The tables, as `migrations` leaves them. What cannot be derived is stored once; nothing secret is stored at all, tokens and keys only as hashes.
 
 Times are seconds since 1970 as floats; hashes are bytes; JSON columns are text, so that both databases hold the same bytes.
 """
@@ -47,7 +47,7 @@ runs = Table(
     Column("n_results", BigInteger, nullable=False, default=0),
     Column("n_refused", BigInteger, nullable=False, default=0),
     Column("n_wasted", BigInteger, nullable=False, default=0),  # probes computed or leased in vain
-    Column("mark", BigInteger, nullable=False, default=0),  # drawn anew whenever a lease or a result changes the open round
+    Column("mark", BigInteger),  # drawn anew whenever a lease or a result changes the open round
     Column("best_version", Integer),
     Column("best_loss", Float),
     Column("since_best", Integer, nullable=False, default=0),  # scored versions since
@@ -141,6 +141,7 @@ events = Table(
     Column("kind", String(32), nullable=False),
     Column("at", Float, nullable=False),
     Column("data", Text, nullable=False),
+    Index("ix_events_run_id", "run", "id"),
 )
 
 audit = Table(

@@ -6,6 +6,7 @@ Every function here runs inside one transaction and takes the time as an argumen
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sqlalchemy.engine import Connection, Row
 
 from fwdllama.federation.message import TrainResult, theta_digest
 from fwdllama.federation.spec import RunSpec
-from fwdllama.ledger import Entry, chained, replay, restoring
+from fwdllama.ledger import Entry, chained, replay
 from fwdllama.sampler import Sampler
 
 from . import aggregate
@@ -27,10 +28,14 @@ from .errors import Refused
 from .registry import SNAPSHOT_EVERY, Held, Registry, add_version, store_snapshot
 from .rounds import Lease, Round
 from .schema import devices, entries, events, runs, tasks
+from .store import later
+
+log = logging.getLogger("fwdllama.server.events")
 
 # Statements of every request are made once: making one costs more than executing it.
+LEASE_COLUMNS = (tasks.c.id, tasks.c.version, tasks.c.slot, tasks.c.device, tasks.c.leased_at, tasks.c.until, tasks.c.counted)
 _LEASES = (
-    sa.select(tasks.c.id, tasks.c.version, tasks.c.slot, tasks.c.device, tasks.c.leased_at, tasks.c.until, tasks.c.counted)
+    sa.select(*LEASE_COLUMNS)
     .where(tasks.c.run == sa.bindparam("run_id"), tasks.c.kind == "train", tasks.c.version >= sa.bindparam("oldest"))
     .order_by(tasks.c.version, tasks.c.slot, tasks.c.leased_at)
 )
@@ -83,6 +88,7 @@ def run_named(connection: Connection, registry: Registry, named: str) -> Open:
 def say(connection: Connection, run: str | None, kind: str, at: float, data: Mapping[str, Any]) -> None:
     """Add an event, for whoever watches."""
     connection.execute(events.insert().values(run=run, kind=kind, at=at, data=json.dumps(data)))
+    later(connection, lambda: log.info(kind, extra={"facts": dict(data)}))
 
 
 def change(connection: Connection, run: str, **values: Any) -> None:
@@ -94,12 +100,12 @@ def open_round(connection: Connection, registry: Registry, run: Open) -> Round:
     """The round as the state machine knows it."""
     row = run.row
     version, terms = int(row.version), (int(row.wanted), float(row.deadline), int(row.extensions))
-    known = registry.round(run.id, version, int(row.mark))
+    known = registry.round(run.id, version, row.mark)
     if known is not None:
         return known.under(*terms)
     found = connection.execute(_LEASES, {"run_id": row.id, "oldest": version - run.spec.round.staleness})
     current = Round(version, *terms, tuple(Lease(*x) for x in found))
-    registry.keep_round(run.id, int(row.mark), current)
+    registry.keep_round(run.id, row.mark, current)
     return current
 
 
@@ -115,10 +121,10 @@ def marked(connection: Connection, registry: Registry, run: Open, current: Round
     registry.keep_round(run.id, mark, current)
 
 
-def release(connection: Connection, registry: Registry, run: Open, current: Round, ended: Sequence[str], now: float) -> None:
-    """End leases before their time, so that their slots are handed on at once; `current` is the round without them."""
-    connection.execute(tasks.update().where(tasks.c.id.in_(ended)).values(until=now))
-    marked(connection, registry, run, current)
+def release(connection: Connection, registry: Registry, run: Open, task: str, now: float) -> None:
+    """End a lease before its time, so that its slot is handed on at once."""
+    connection.execute(tasks.update().where(tasks.c.id == task, tasks.c.until > now).values(until=now))
+    marked(connection, registry, run, open_round(connection, registry, run).released(task, now))
 
 
 def slot_seeds(registry: Registry, connection: Connection, run: Open, version: int, slot: int) -> list[int]:
@@ -159,7 +165,7 @@ def close(connection: Connection, registry: Registry, run: Open, current: Round,
     merged = aggregate.merge(merging, spec, learner, current.number, run.fraction(current.number, learner.n_probes))
     held = registry.held(connection, run.id, current.number)
     theta = replay(held.theta, [merged.entry])
-    digest, hashed = _append(connection, row, merged.entry, theta, now, _facts(run, current, merging, merged, now))
+    digest, hashed = append(connection, row, merged.entry, theta, now, _facts(run, current, merging, merged, now))
     n_devices = len({c.device for c in merging})
     add_version(
         connection,
@@ -188,7 +194,7 @@ def close(connection: Connection, registry: Registry, run: Open, current: Round,
     )
     if version % SNAPSHOT_EVERY == 0:
         store_snapshot(connection, run.id, version, theta, public=spec.public)
-    registry.keep(run.id, Held(version, theta, held.theta - theta))
+    registry.keep(run.id, Held(version, digest, theta, held.theta - theta))
     record(connection, now, "round", "round-closed", {"run": row.name, "round": current.number, "ledger": hashed.hex()})
 
 
@@ -208,7 +214,7 @@ def _facts(run: Open, current: Round, merging: Sequence[aggregate.Contribution],
     }
 
 
-def _append(
+def append(
     connection: Connection, row: Row[Any], entry: Entry, theta: NDArray[np.float32], now: float, facts: dict[str, Any]
 ) -> tuple[str, bytes]:
     """Add an entry to the ledger, with its event; returns the digest of `theta`, which it leads to, and its own hash."""
@@ -243,35 +249,3 @@ def waste(connection: Connection, lost: Sequence[Lease], n_probes: int) -> int:
     for row in fresh:
         connection.execute(devices.update().where(devices.c.id == row.device).values(n_wasted=devices.c.n_wasted + n_probes))
     return n_probes * len(fresh)
-
-
-def rolled_back(connection: Connection, registry: Registry, run: Open, version: int, now: float) -> None:
-    """Go back to an earlier version: an entry that says so, a new version with the old theta, and a new round.
-
-    Raises:
-        Refused: 422, it is not an earlier version.
-    """
-    row, latest = run.row, int(run.row.version)
-    if not 0 <= version < latest:
-        raise Refused(422, f"version {version} is not one of 0 to {latest - 1}, those before the latest of run {row.name}.")
-    theta = registry.theta(connection, run.id, version)
-    facts = {"run": str(row.name), "round": latest, "to": version, "n_probes": 0, "n_devices": 0}
-    digest, _ = _append(connection, row, restoring(latest, version), theta, now, facts)
-    add_version(connection, run.id, latest + 1, parent=version, theta_digest=digest, created_at=now, n_probes=0, n_devices=0)
-    current = open_round(connection, registry, run)
-    lost = [x for x in current.leases if not x.done or x.counted == current.number]
-    change(
-        connection,
-        run.id,
-        version=latest + 1,
-        wanted=aggregate.wanted([], run.spec),
-        opened_at=now,
-        deadline=now + run.spec.round.deadline_s,
-        extensions=0,
-        since_best=0,
-        n_wasted=runs.c.n_wasted + waste(connection, lost, run.spec.round.probes_per_task),
-    )
-    # Results computed elsewhere than at this theta must not count, however stale results may be.
-    connection.execute(tasks.update().where(tasks.c.id.in_([x.task for x in current.leases])).values(version=-1))
-    store_snapshot(connection, run.id, latest + 1, theta, public=run.spec.public)
-    registry.keep(run.id, Held(latest + 1, theta, None))

@@ -11,8 +11,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -23,13 +24,19 @@ T = TypeVar("T")
 Act = Callable[[Connection], T]
 MOST_IN_ONE_COMMIT = 64
 _LOCK = 0x66776C6C  # of this program among a PostgreSQL database's advisory locks
+_NOTICES = "fwdllama notices"  # in a connection's `info`
+
+
+def later(connection: Connection, notice: Callable[[], None]) -> None:
+    """Call `notice` once what this act writes is on disk; never, if it is not."""
+    connection.info.setdefault(_NOTICES, []).append(notice)
 
 
 class Store:
     """A database, open. `write` and `read` from any thread; `close` when done."""
 
-    def __init__(self, url: str) -> None:
-        self.url = sa.make_url(url)
+    def __init__(self, url: sa.URL) -> None:
+        self.url = url
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._writer = self._engine(writes=True)
         self._reader = self._engine(writes=False)
@@ -39,8 +46,9 @@ class Store:
 
     def _engine(self, *, writes: bool) -> Engine:
         if not self.is_sqlite:
-            return sa.create_engine(self.url, pool_size=1 if writes else 5, max_overflow=0 if writes else 10, pool_pre_ping=True)
-        engine = sa.create_engine(self.url, connect_args={"check_same_thread": False, "timeout": 30})
+            most = {"pool_size": 1, "max_overflow": 0} if writes else {"pool_size": 5, "max_overflow": 10}
+            return sa.create_engine(self.url, **most, pool_pre_ping=True, hide_parameters=True)
+        engine = sa.create_engine(self.url, connect_args={"check_same_thread": False, "timeout": 30}, hide_parameters=True)
 
         @sa.event.listens_for(engine, "connect")
         def _connected(connection: Any, record: Any) -> None:
@@ -75,6 +83,18 @@ class Store:
         with self._reader.connect() as connection, connection.begin():
             return act(connection)
 
+    def alone(self, act: Act[T]) -> T:
+        """`act` in a write of its own, in this thread: what comes before requests are served."""
+        with self._transaction() as connection:
+            return act(connection)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with self._writer.begin() as connection:
+            if not self.is_sqlite:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+            yield connection
+
     def _work(self) -> None:
         while (first := self._waiting.get()) is not None:
             batch = [first]
@@ -93,12 +113,15 @@ class Store:
                 return
 
     def _commit(self, batch: list[tuple[Act[Any], Future[Any]]]) -> None:
+        # From here on nobody can cancel it: a request that goes away now must not end this thread when its answer is set.
+        batch = [(act, future) for act, future in batch if future.set_running_or_notify_cancel()]
         done: list[tuple[Future[Any], Any, BaseException | None]] = []
+        notices: list[Callable[[], None]] = []
         try:
-            with self._writer.begin() as connection:
-                if not self.is_sqlite:
-                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+            with self._transaction() as connection:
+                notices = connection.info[_NOTICES] = []
                 for act, future in batch:
+                    so_far = len(notices)
                     connection.exec_driver_sql("SAVEPOINT act")
                     try:
                         done.append((future, act(connection), None))
@@ -106,11 +129,14 @@ class Store:
                         raise
                     except Exception as error:  # noqa: BLE001 - it belongs to the request, whose answer it becomes
                         connection.exec_driver_sql("ROLLBACK TO SAVEPOINT act")
+                        del notices[so_far:]
                         done.append((future, None, error))
                     connection.exec_driver_sql("RELEASE SAVEPOINT act")
         except Exception as error:
             log.exception("a commit failed")
-            done = [(future, None, error) for _, future in batch]
+            done, notices = [(future, None, error) for _, future in batch], []
+        for notice in notices:
+            notice()
         for future, value, problem in done:
             if problem is None:
                 future.set_result(value)

@@ -1,16 +1,37 @@
-"""Where the tests that need real data or a real model find them; both skip, saying so, where there is none."""
+"""Where the tests that need real data or a real model find them; both skip, saying so, where there is none. And what holds for all tests."""
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine makes single examples slow; that is not a fault of the code.
-settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine makes single examples slow; that is not a fault of the code. Other examples are tried each time, so few a time will do;
+# `--hypothesis-profile thorough` tries many.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
+settings.register_profile("thorough", settings.get_profile("steady"), max_examples=2000)
 settings.load_profile("steady")
+
+
+gc.disable()  # until everything is collected
+
+
+def pytest_configure() -> None:
+    """Temporary files lie in memory where there is room: the steps of runs wait for the disk, 5 to 20 s of all the time on a busy one."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+
+
+def pytest_collection_finish() -> None:
+    """What is there after importing stays to the end; looking through all of it for cycles again and again would take 3 s of a run."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

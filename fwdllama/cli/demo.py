@@ -1,6 +1,6 @@
-"""`fwdllama demo`: the whole of it on a small model and bundled questions, in a few minutes.
+"""`fwdllama demo-local`: training alone, on a small model and bundled questions, in a few minutes.
 
-It is `train` with its options filled in; nothing here trains, scores or reports by itself.
+The federated one is the aggregator's. This one is `train` with its options filled in; nothing here trains, scores or reports by itself.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ RUN, ADAPTER, REPORT = "run", "adapter.gguf", "report.html"
 
 
 def register(app: typer.Typer) -> None:
-    """Add `demo`."""
+    """Add `demo-local`."""
 
-    @app.command("demo", cls=o.Command)
+    @app.command("demo-local", cls=o.Command)
     def demo_command(
         folder: Annotated[
             Path, typer.Option(help="Where its files go; an earlier demo there is replaced.", metavar="FOLDER")
@@ -77,8 +77,8 @@ def bundled(name: str) -> Path:
     return path
 
 
-def fresh_folder(folder: Path) -> None:
-    """Make the demo's folder, in the place of an earlier demo's if there is one.
+def fresh_folder(folder: Path, own: frozenset[str] = frozenset({RUN, ADAPTER, REPORT})) -> None:
+    """Make the demo's folder, in the place of an earlier demo's if there is one; own: what an earlier one may have left there.
 
     Raises:
         RunError: it holds something else, or a demo that is going on.
@@ -86,18 +86,18 @@ def fresh_folder(folder: Path) -> None:
     """
     try:
         if folder.exists():
-            _remove_earlier(folder)
+            _remove_earlier(folder, own)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).touch()
     except OSError as error:
         raise ResourceError(f"{folder} cannot be made the demo's folder: {error.strerror or error}.") from error
 
 
-def _remove_earlier(folder: Path) -> None:
+def _remove_earlier(folder: Path, own: frozenset[str]) -> None:
     if not folder.is_dir():
         raise RunError(f"{folder} is a file; name another --folder.")
     names = {entry.name for entry in folder.iterdir()}
-    strangers = sorted(names - {MARK, RUN, ADAPTER, REPORT})
+    strangers = sorted(names - own - {MARK})
     if names and (strangers or MARK not in names):
         found = (strangers or sorted(names))[0]
         raise RunError(f"{folder} is not an earlier demo's ({found} is in it); name another --folder.")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fwdllama import __version__
-from fwdllama.cli import answer, calibrate, demo, doctor, gguf, model, reference, train
+from fwdllama.cli import answer, calibrate, demo, doctor, gguf, join, model, reference, train
 from fwdllama.errors import FwdllamaError
 from gguf_tools.errors import FileError
 
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     arguments = _debug_first(list(arguments) or ["--help"])
     debug = "--debug" in arguments[:1]
     try:
-        app = application(plugins=_may_need_plugins(arguments))
+        app = fitted(arguments)
         result = app(arguments, prog_name="fwdllama", standalone_mode=False)
     except (FwdllamaError, FileError) as error:
         return _failed(str(error), error.exit_code, debug)
@@ -60,7 +60,7 @@ def application(*, plugins: bool = True) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for module in (demo, train, answer, model, gguf, calibrate, doctor, reference):
+    for module in (demo, train, join, answer, model, gguf, calibrate, doctor, reference):
         module.register(app)
     if plugins:
         _load_plugins(app)
@@ -85,13 +85,33 @@ def _options(
     _set_up_logging(debug)
 
 
-def _may_need_plugins(arguments: Sequence[str]) -> bool:
-    """Whether a command is named that is not ours, or one that shows all of them."""
-    first = next((word for word in arguments if not word.startswith("-")), None)
-    if first is None:
-        return bool({"-h", "--help"} & set(arguments))
-    group: Any = typer.main.get_command(application(plugins=False))
-    return first not in group.commands or first == reference.NAME
+def fitted(arguments: Sequence[str]) -> typer.Typer:
+    """The application with what a command line needs: the one command of ours that it names, or else all there are.
+
+    typer reads the annotations of every command that it is given, which for all of ours takes as long as importing it.
+    """
+    app = application(plugins=False)
+    words = [word for word in arguments if not word.startswith("-")]
+    if words[:1] == [reference.NAME] or (not words and {"-h", "--help"} & set(arguments)):
+        _load_plugins(app)
+    elif words and not _narrowed(app, iter(words)):
+        _load_plugins(app)
+        _narrowed(app, iter(words))
+    return app
+
+
+def _narrowed(group: typer.Typer, words: Iterator[str]) -> bool:
+    """Leave only the command that the words name, in each group on the way to it; False where the first names none."""
+    name = next(words, None)
+    commands = [each for each in group.registered_commands if each.name == name]
+    groups = [each for each in group.registered_groups if each.name == name]
+    if not (commands or groups):
+        return False
+    group.registered_commands, group.registered_groups = commands, groups
+    for each in groups:
+        if each.typer_instance is not None:
+            _narrowed(each.typer_instance, words)
+    return True
 
 
 def _load_plugins(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ times larger than what that rounds away.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from fwdllama.federation.spec import RunSpec, Sha256
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")]  # PostgreSQL stores no NUL, terminals obey the others
 Loss = Annotated[float, Field(allow_inf_nan=True)]  # judged by the aggregator, which says which one is wrong
 
 
@@ -30,7 +31,7 @@ def theta_digest(theta: NDArray[np.float32]) -> str:
 class Enrolment(Section):
     """A device introduces itself; the enrolment token is in the Authorization header."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Label
 
 
 class Enrolled(Section):
@@ -49,6 +50,7 @@ class CheckIn(Section):
     battery: Annotated[float, Field(ge=0, le=1)] | None = None
     charging: bool | None = None
     metered: bool | None = None
+    resting: bool | None = None  # true: it must not work now, and only says how it is
 
 
 class Task(Section):
@@ -79,7 +81,12 @@ class Assignment(Section):
     wait: Wait | None = None
 
 
-class TrainResult(Section):
+def _with_kind(schema: dict[str, Any]) -> None:
+    """A default serves Python; on the wire a result must say what it is."""
+    schema["required"].append("kind")
+
+
+class TrainResult(Section, json_schema_extra=_with_kind):
     """Losses of a task's seeds, in their order. Seed i was evaluated on the device's group i % len(examples).
 
     plus: mean (bounded) loss of the group at theta + eps z. minus: at theta - eps z, one for every seed (two-sided), or at theta, one for every
@@ -95,13 +102,13 @@ class TrainResult(Section):
     n_tokens: Count
 
 
-class EvaluateResult(Section):
+class EvaluateResult(Section, json_schema_extra=_with_kind):
     """Mean loss of the device's held-out examples at a version."""
 
     kind: Literal["evaluate"] = "evaluate"
     theta_digest: Sha256
     loss: Loss
-    n_examples: Count
+    n_examples: Annotated[int, Field(ge=0, le=1 << 24)]
     n_tokens: Count
 
 

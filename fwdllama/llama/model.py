@@ -50,6 +50,7 @@ class Model:
                 "only those keep a prompt's KV cache apart from the answer."
             )
         self.vocab = lib.llama_model_get_vocab(self.handle)
+        self._controls: dict[int, bool] = {}  # asking for the text of every token of a data set would take as long as tokenising it
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
         self.n_embd: int = lib.llama_model_n_embd(self.handle)
         self.n_layers: int = lib.llama_model_n_layer(self.handle)
@@ -77,6 +78,12 @@ class Model:
         room = ctypes.create_string_buffer(256)
         n = llama().llama_token_to_piece(self.vocab, token, room, len(room), 0, False)
         return room.raw[: max(n, 0)]
+
+    def is_control(self, token: int) -> bool:
+        """Whether `token` stands for no text."""
+        if token not in self._controls:
+            self._controls[token] = not self.piece(token)
+        return self._controls[token]
 
     def is_end(self, token: int) -> bool:
         """Whether `token` ends a generation."""

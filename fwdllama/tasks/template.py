@@ -7,21 +7,14 @@ own text is only ever concatenated and never special, so braces, Jinja code and 
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from fwdllama.errors import DataError
 from fwdllama.score import normalise
 from fwdllama.tasks import Kind
+from fwdllama.tasks.conversation import placeholder, rendered, unusable
 from fwdllama.types import Example, Segment
 
 NO_ANSWER = "unanswerable"
@@ -29,10 +22,6 @@ NO_ANSWER = "unanswerable"
 # An adapter of scope `answer` is on from here, not from the whole of the last line: every token more costs each probe, and training
 # was slower per probe too (LOG.md).
 _SEED_INVOCATION = ":\n"
-
-# Chat templates may show today's date. Two runs must not differ by it, so it is always the one that Llama 3's shows
-# where no date is to be had.
-_TODAY = datetime.date(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -97,28 +86,34 @@ def chat_template(source: str, kind: Kind, bos_token: str, eos_token: str) -> Te
     """The template of a model's own conversations, from the Jinja `source` in its GGUF (`tokenizer.chat_template`).
 
     It is rendered once, with a placeholder for the user's message, and split there: all around it is special. The
-    invocation is what `add_generation_prompt` appends. The source comes with a downloaded file, hence the sandbox;
-    and thinking, where the model has it, is off, because the answer must follow the invocation.
+    invocation is what `add_generation_prompt` appends.
 
     Raises:
         DataError: there is no source, it fails, or it cannot be split so; each message recommends the seed template.
     """
+    try:
+        return _split(source, kind, bos_token, eos_token)
+    except DataError as error:
+        raise DataError(f"{error} Use the seed template instead.") from error
+
+
+def _split(source: str, kind: Kind, bos_token: str, eos_token: str) -> Template:
     if not source.strip():
-        raise _unusable("the model has none")
-    # cannot occur in the source by accident, is the same in every run, and survives trimming and escaping
-    placeholder = f"message{hashlib.sha256(source.encode(errors='replace')).hexdigest()}"
-    prompt = _rendered(source, placeholder, bos_token, eos_token, add_generation_prompt=False)
-    prompt_and_invocation = _rendered(source, placeholder, bos_token, eos_token, add_generation_prompt=True)
-    if prompt.count(placeholder) != 1:
-        raise _unusable(f"it shows a user's message {prompt.count(placeholder)} times instead of once")
+        raise unusable("the model has none")
+    mark = placeholder(source)
+    asked = [{"role": "user", "content": mark}]
+    prompt = rendered(source, asked, bos_token, eos_token, add_generation_prompt=False)
+    prompt_and_invocation = rendered(source, asked, bos_token, eos_token, add_generation_prompt=True)
+    if prompt.count(mark) != 1:
+        raise unusable(f"it shows a user's message {prompt.count(mark)} times instead of once")
     if not prompt_and_invocation.startswith(prompt):
         prompt = prompt.removesuffix(eos_token)  # Phi 3's template adds it where it is not to go on
     if not prompt_and_invocation.startswith(prompt):
-        raise _unusable("its generation prompt changes what stands before it")
+        raise unusable("its generation prompt changes what stands before it")
     invocation = prompt_and_invocation.removeprefix(prompt)
     if not invocation:
-        raise _unusable("it adds no generation prompt, from which the adapter could be on")
-    before, _, after = prompt.partition(placeholder)
+        raise unusable("it adds no generation prompt, from which the adapter could be on")
+    before, _, after = prompt.partition(mark)
     return Template(
         "chat",
         kind,
@@ -127,46 +122,6 @@ def chat_template(source: str, kind: Kind, bos_token: str, eos_token: str) -> Te
         after=_special(after),
         bos=bool(bos_token) and before.startswith(bos_token),
     )
-
-
-def _rendered(source: str, content: str, bos_token: str, eos_token: str, *, add_generation_prompt: bool) -> str:
-    # the settings and names that chat templates are written for: those of Hugging Face transformers
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _TODAY.strftime}
-    try:
-        return environment.from_string(source).render(
-            messages=[{"role": "user", "content": content}],
-            add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            tools=None,
-            documents=None,
-            enable_thinking=False,
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise _unusable(f"it fails: {reason}") from error
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what an assistant said; here it is merely what it encloses."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares a plain set
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The enclosed statements."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> str:
-    raise jinja2.TemplateError(message)
-
-
-def _unusable(reason: str) -> DataError:
-    return DataError(f"The model's chat template cannot be used: {reason}. Use the seed template instead.")
 
 
 def _special(text: str) -> tuple[Segment, ...]:

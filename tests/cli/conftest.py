@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import random
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from fwdllama.cli import main
 from gguf_tools.synth import write_tiny_llama
+from tests.questions import squad
 
 # Two steps of few probes, in the model's upper layers, by one thread.
 SMALL = [
@@ -59,17 +61,24 @@ class Result:
 Run = Callable[..., Result]
 
 
-@pytest.fixture(autouse=True)
-def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache and a folder of its own, and the logging of before afterwards."""
-    monkeypatch.setenv("FWDLLAMA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+@contextmanager
+def own_place(folder: Path) -> Iterator[None]:
+    """Work in this folder, which has the cache too; afterwards everything, and the logging, is as before."""
     loggers = [logging.getLogger(name) for name in ("fwdllama", main.LLAMA_LOGGER)]
     before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FWDLLAMA_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        yield
     for logger, level, handlers in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path) -> Iterator[None]:
+    with own_place(tmp_path):
+        yield
 
 
 @pytest.fixture
@@ -85,24 +94,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("cli-model") / "tiny.gguf", type="Q8_0")
-
-
-def squad(n_paragraphs: int, *, n_words: int = 8, seed: int = 1) -> dict[str, Any]:
-    """Three questions a paragraph, each for its own word of it."""
-    rng = random.Random(seed)
-
-    def words(n: int) -> list[str]:
-        return ["".join(rng.choices("abcdefgh", k=3)) for _ in range(n)]
-
-    paragraphs = []
-    for p in range(n_paragraphs):
-        context = words(n_words)
-        qas = [
-            {"id": f"{p}-{q}", "question": " ".join(words(2)), "answers": [{"text": context[q], "answer_start": 4 * q}]}
-            for q in range(3)
-        ]
-        paragraphs.append({"context": " ".join(context), "qas": qas})
-    return {"version": "1.1", "data": [{"title": "made", "paragraphs": paragraphs}]}
 
 
 @pytest.fixture
@@ -131,8 +122,21 @@ def train(run: Run, model: Path, data: Path) -> Run:
     return train_
 
 
+@pytest.fixture(scope="session")
+def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter trained on `data`, and its run directory."""
+    folder = tmp_path_factory.mktemp("cli-trained")
+    (folder / "train.json").write_text(json.dumps(squad(12)))
+    with own_place(folder):
+        assert main.run(["train", "--model", str(model), "--data", "train.json", "--out", "adapter.gguf", *SMALL]) == 0
+    return folder
+
+
 @pytest.fixture
-def adapter(train: Run, tmp_path: Path) -> Path:
-    """A trained adapter, with its run directory beside it."""
-    assert train().code == 0
+def adapter(trained: Path, data: Path, tmp_path: Path) -> Path:
+    """A trained adapter, with its data and its run directory beside it, as if it had been trained here."""
+    shutil.copy(trained / "adapter.gguf", tmp_path)
+    shutil.copytree(trained / "adapter-run", tmp_path / "adapter-run")
+    facts = tmp_path / "adapter-run" / "run.json"
+    facts.write_text(facts.read_text().replace(str(trained), str(data.parent)))
     return tmp_path / "adapter.gguf"

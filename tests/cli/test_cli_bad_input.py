@@ -11,8 +11,9 @@ import filelock
 import pytest
 
 from gguf_tools.synth import write_tiny_llama
+from tests.questions import squad
 
-from .conftest import Run, squad
+from .conftest import Run
 
 
 def nothing_written(folder: Path) -> bool:

@@ -8,13 +8,15 @@ import pytest
 from fwdllama.cli.demo import MARK, bundled, fresh_folder
 from fwdllama.errors import RunError
 from fwdllama.tasks.load import load_dataset
+from gguf_tools.synth import write_tiny_llama
 
 from .conftest import Run
 
 
-def test_demo_trains_scores_shows_answers_and_reports(run: Run, model: Path) -> None:
+def test_demo_trains_scores_shows_answers_and_reports(run: Run) -> None:
+    model = write_tiny_llama(Path("tiny.gguf"), type="Q8_0", n_layers=2, n_embd=32, n_head=2, n_head_kv=1, n_ff=32)  # a step is 320 probes
     small = ("--model", model, "--steps", 1, "--eval-limit", 3, "--threads", 1)
-    result = run("demo", *small)
+    result = run("demo-local", *small)
     assert result.code == 0, result.err
     for heading in ("question", "base", "tuned", "truth", "before", "after", "3 questions of almanac-dev.json"):
         assert heading in result.out
@@ -22,7 +24,7 @@ def test_demo_trains_scores_shows_answers_and_reports(run: Run, model: Path) -> 
     assert "fwdllama resume demo-run/run" in result.err
     assert (Path("demo-run") / "adapter.gguf").exists()
     assert "almanac-train.json" in Path("demo-run/report.html").read_text()
-    again = run("demo", *small, "--json")
+    again = run("demo-local", *small, "--json")
     assert again.json["steps"] == 1, "an earlier demo is replaced"
     assert again.json["scores"]["n_questions"] == 3
 
@@ -30,7 +32,7 @@ def test_demo_trains_scores_shows_answers_and_reports(run: Run, model: Path) -> 
 def test_demo_without_the_model_says_how_to_get_it_and_leaves_an_earlier_one_alone(run: Run) -> None:
     fresh_folder(Path("demo-run"))
     (Path("demo-run") / "adapter.gguf").touch()
-    result = run("demo")
+    result = run("demo-local")
     assert result.code == 1
     assert result.error.endswith("fetch it with: fwdllama model fetch smollm2-135m")
     assert (Path("demo-run") / "adapter.gguf").exists()

@@ -34,7 +34,7 @@ def test_convert_refuses_in_one_sentence(run: Run, tmp_path: Path) -> None:
         (("hf", "-o", "m.gguf"), 1, "m.gguf: already exists; give another name, or --force to replace it."),
         (("none", "-o", "x.gguf"), 1, "none: does not exist."),
         (("hf", "-o", "x.gguf", "--type", "q9"), 1, "type 'q9' is not one that is converted to; give one of F32"),
-        (("hf",), 2, "Missing option '--output' / '-o'."),
+        (("hf",), 2, "Missing option '--out' / '-o'."),
     ):
         result = run("gguf", "convert", *arguments)
         assert (result.code, result.out) == (code, "")

@@ -3,8 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -122,23 +123,52 @@ def test_a_plugin_that_cannot_be_loaded_is_a_warning_and_the_rest_works(
     assert run("resume", "--help").err == "", "a command of ours loads no plugin"
 
 
-@pytest.mark.parametrize("arguments", [["resume", "--help"], ["doctor", "--help"], ["--version"], ["model", "list"]])
-def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None:
-    program = (
-        "import json, sys\n"
-        "from fwdllama.cli.main import run\n"
-        f"assert run({arguments!r}) == 0\n"
-        f"print('\\n' + json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))"
-    )
-    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
-    assert json.loads(printed.splitlines()[-1]) == []
+LIGHT = (["resume", "--help"], ["doctor", "--help"], ["gguf", "merge", "--help"], ["--version"], ["model", "list"])
+PROGRAM = f"""
+import json, sys
+from fwdllama.cli.main import run
+for arguments in {LIGHT!r}:
+    code = run(arguments)
+    print(json.dumps([code, sorted(set({HEAVY!r}) & set(sys.modules))]), file=sys.stderr)
+"""
+
+
+def test_what_needs_no_model_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stderr.splitlines()] == [[0, []]] * len(LIGHT)
+
+
+def test_only_the_command_that_is_named_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*words: str) -> dict[str, Any]:
+        group: Any = typer.main.get_command(main.fitted(words))
+        return {name: sorted(getattr(command, "commands", {})) for name, command in group.commands.items()}
+
+    assert made("resume", "--help") == {"resume": []}
+    assert made("--debug", "gguf", "merge", "model", "a.gguf") == {"gguf": ["merge"]}
+    assert made("gguf", "peft", "to-gguf") == {"gguf": ["peft"]}
+    assert made("score") == {"score": []}, "also where another package has it"
+    everything = made("--help")
+    assert {"train", "score", "gguf"} <= everything.keys()
+    assert made("bogus") == made("reference") == everything
+    assert made("gguf", "bogus") == {"gguf": everything["gguf"]}
+
+
+def options() -> Iterator[tuple[str, Any]]:
+    """Every option of every command."""
+
+    def of(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+        yield from ((path, parameter) for parameter in command.params)
+        for name, child in getattr(command, "commands", {}).items():
+            yield from of(child, f"{path} {name}")
+
+    yield from of(typer.main.get_command(main.application()), "fwdllama")
 
 
 def test_every_option_has_help() -> None:
-    def missing(command: object, path: str) -> list[str]:
-        found = [f"{path} {p.name}" for p in command.params if not getattr(p, "help", None)]  # type: ignore[attr-defined]
-        for name, child in getattr(command, "commands", {}).items():
-            found += missing(child, f"{path} {name}")
-        return found
+    assert [f"{path} {option.name}" for path, option in options() if not getattr(option, "help", None)] == []
 
-    assert missing(typer.main.get_command(main.application()), "fwdllama") == []
+
+def test_what_is_written_is_named_by_out_whatever_the_command() -> None:
+    named = {path: option.opts for path, option in options() if {"-o", "--out", "--output"} & set(option.opts)}
+    assert {path: opts for path, opts in named.items() if "--out" not in opts} == {}
+    assert {opts[-1] for path, opts in named.items() if path.startswith("fwdllama gguf ")} == {"-o"}

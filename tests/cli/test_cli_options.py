@@ -20,9 +20,13 @@ from .conftest import Run
 WITHOUT_OPTION = {"pacing.max_rounds", "step.half_life", "step.final_lr", "batch.evaluate_every", "engine.flash", "engine.n_batch"}
 
 
-def parameters(command: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def parameters() -> dict[str, Any]:
+    """What `train` takes, with the defaults said in its help."""
     group: Any = typer.main.get_command(main.application(plugins=False))
-    return {parameter.name: parameter for parameter in group.commands[command].params}
+    command = group.commands["train"]
+    say_defaults(command)
+    return {parameter.name: parameter for parameter in command.params}
 
 
 def fields(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -44,17 +48,14 @@ def default(path: str) -> Any:
     return value
 
 
-def test_options_and_settings_are_the_same() -> None:
+def test_options_and_settings_are_the_same(parameters: dict[str, Any]) -> None:
     assert set(SETTINGS.values()) == set(fields(TrainConfig)) - WITHOUT_OPTION
-    assert SETTINGS.keys() <= parameters("train").keys()
+    assert SETTINGS.keys() <= parameters.keys()
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_help_says_the_default_that_holds(name: str) -> None:
-    group: Any = typer.main.get_command(main.application(plugins=False))
-    command = group.commands["train"]
-    say_defaults(command)
-    [parameter] = [parameter for parameter in command.params if parameter.name == name]
+def test_help_says_the_default_that_holds(name: str, parameters: dict[str, Any]) -> None:
+    parameter = parameters[name]
     assert parameter.default is None
     said = re.search(r" Default: (.+)\.$", parameter.help)
     assert said is not None
@@ -75,8 +76,8 @@ def test_help_that_is_shown_has_defaults(run: Run, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_choices_of_an_option_are_those_of_the_setting(name: str) -> None:
-    offered = parameters("train")[name].type_descriptor.choices
+def test_choices_of_an_option_are_those_of_the_setting(name: str, parameters: dict[str, Any]) -> None:
+    offered = parameters[name].type_descriptor.choices
     allowed = get_args(fields(TrainConfig)[SETTINGS[name]])
     if offered is not None:
         assert tuple(offered) == allowed

@@ -104,7 +104,7 @@ def test_nothing_passes_a_cut_network_until_it_is_mended(served: Aggregator) -> 
 
 
 def test_an_aggregator_that_cannot_start_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aggregator, "SERVE", "raise SystemExit('no room on the disk')")
+    monkeypatch.setattr(aggregator, "PROGRAM", "raise SystemExit('no room on the disk')")
     with pytest.raises(BenchError, match="the aggregator did not start: no room on the disk"):
         Aggregator(tmp_path)
 

@@ -130,11 +130,11 @@ def test_a_batch_loaded_step_by_step_has_the_losses_of_a_fresh_oracle_to_the_bit
     with opened(path, scope, (first, 2), first) as own:
         theta = drawn(own, 1)
         rows: list[Encoded | None] = [None] * 12
-        for step in range(4):
+        for step in range(3):
             for slot in rng.sample(range(4), 2 if step else 4):
                 members = unit_of(4 * step + slot, rng)
                 rows[slot::4] = [*members, *[None] * (3 - len(members))]
-            if step == 2:
+            if step == 1:
                 own.load([None, *rows[1:]])
                 with pytest.raises(EngineError):
                     loaded_and_asked(own, [*rows[:11], Encoded("no such token", (10**6,), INVOCATION, (5, 5))])

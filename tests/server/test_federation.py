@@ -50,3 +50,42 @@ def test_the_adapter_of_a_version_is_the_replay_of_its_ledger(aggregator: Aggreg
     (_, b), = read_adapter(path).tensors.values()
     theta, _ = member.theta("toy")
     assert np.array_equal(b.ravel(), theta)
+
+
+def test_a_roll_back_appends_an_entry_and_takes_later_versions_out_of_the_race(aggregator: Aggregator) -> None:
+    aggregator.create(rounds=9, train={"step": {"lr": 0.15, "final_lr": 1.0}}, round=ROUND, evaluation={"every": 2, "devices": 1})
+    member = aggregator.member()
+    while aggregator.admin("GET", "/v1/runs/toy").json()["version"] < 6:
+        member.work("toy")
+    member.work("toy")
+    before = aggregator.admin("GET", "/v1/runs/toy/versions").json()
+    assert aggregator.admin("GET", "/v1/runs/toy/versions/best").json()["version"] == 6
+    run = aggregator.admin("POST", "/v1/runs/toy/rollback", {"version": 3}).json()
+    assert (run["version"], run["theta_digest"]) == (7, before[3]["theta_digest"])
+    assert aggregator.admin("GET", "/v1/runs/toy/versions/best").json()["version"] == 2, "the best of those that are left"
+    theta, entries = member.theta("toy")
+    assert theta_digest(theta) == run["theta_digest"]
+    assert entries[-1].restores == 3
+    again = aggregator.admin("POST", "/v1/runs/toy/rollback", {"version": 7})
+    assert (again.status_code, again.json()["detail"]) == (
+        409,
+        "version 7 is not earlier than version 7, at which run toy is; give one of 0 to 6.",
+    )
+    while aggregator.admin("GET", "/v1/runs/toy").json()["status"] == "open":
+        member.work("toy")
+        aggregator.clock.at += 1
+    theta, entries = member.theta("toy")
+    assert theta_digest(theta) == aggregator.admin("GET", "/v1/runs/toy").json()["theta_digest"]
+    assert [entry.step for entry in entries] == list(range(9))
+
+
+def test_a_device_cannot_make_its_score_weigh_more_by_claiming_examples(aggregator: Aggregator) -> None:
+    aggregator.create(rounds=1, round=ROUND, evaluation={"every": 1, "devices": 3})
+    members = [aggregator.member(name) for name in "abc"]
+    for member, (loss, n) in zip(members, ((2.0, 8), (2.0, 8), (0.0, 1 << 24)), strict=True):
+        task = member.check_in("toy")["task"]
+        assert task["kind"] == "evaluate"
+        result = {"kind": "evaluate", "theta_digest": task["theta_digest"], "loss": loss, "n_examples": n, "n_tokens": 1}
+        assert member.deliver(task, result).status_code == 200
+    (version,) = aggregator.admin("GET", "/v1/runs/toy/versions").json()
+    assert version["held_out_loss"] == 2.0 * 16 / (16 + 32)

@@ -225,7 +225,7 @@ def test_over_selection_leases_more_slots_than_the_round_wants() -> None:
 
 def test_a_released_lease_frees_its_slot_but_its_result_is_still_welcome() -> None:
     held = lease(0)
-    current = Round(3, 40, 100.0).with_lease(held).released([held.task], 2.0)
+    current = Round(3, 40, 100.0).with_lease(held).released(held.task, 2.0)
     assert free_slot(current, CONFIG, "b", 2.0) == 0
     assert judge(current, CONFIG, held) is None
     other = lease(0, "b")

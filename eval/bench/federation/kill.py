@@ -63,12 +63,11 @@ class Scene:
     def kill_aggregator(self) -> None:
         """One worker after a random time, and every third time all of them."""
         time.sleep(self.random.uniform(0, MOST_BETWEEN_S))
-        everyone = self.workers == 1 or self.random.random() < 1 / 3
-        victims = range(self.workers) if everyone else [self.random.randrange(self.workers)]
-        for worker in victims:
-            self.aggregator.kill(worker)
-        for worker in victims:
-            self.aggregator.restart(worker)
+        if self.workers == 1 or self.random.random() < 1 / 3:
+            self.aggregator.kill()
+        else:
+            self.aggregator.kill_worker(self.random.randrange(self.workers))
+        self.aggregator.restart()
 
     def kill_devices(self) -> None:
         """A quarter of them after a random time; they come back as themselves, remembering their keys only."""

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from fwdllama.cli.gguf import made
+
 _Base = Annotated[
     str, typer.Option("--base", help="The base model: a name such as smollm2-135m, or a GGUF file.", metavar="MODEL")
 ]
-_Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 
 def register(group: typer.Typer) -> None:
@@ -23,8 +24,8 @@ def register(group: typer.Typer) -> None:
             Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.", metavar="PEFT_DIR")
         ],
         base: _Base,
-        output: Annotated[Path, typer.Option("--output", "-o", help="Adapter file to write.", metavar="FILE")],
-        force: _Force = False,
+        out: made.Out,
+        force: made.Force = False,
     ) -> None:
         """Make a GGUF adapter from one that PEFT saved, and print its path."""
         from fwdllama.models import resolve
@@ -34,20 +35,20 @@ def register(group: typer.Typer) -> None:
         from gguf_tools.peft import read_peft
 
         data = adapter_bytes(read_peft(folder, read_model_info(resolve(base))))
-        with new_file(output, force=force) as temporary:
+        with new_file(out, force=force) as temporary:
             temporary.write_bytes(data)
-        typer.echo(output)
+        typer.echo(out)
 
     @peft.command("from-gguf")
     def from_gguf_command(
         adapter: Annotated[Path, typer.Argument(help="GGUF adapter.", metavar="FILE")],
         base: _Base,
-        output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="PEFT_DIR")],
+        out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", metavar="PEFT_DIR")],
         base_name: Annotated[
             str | None,
             typer.Option(help="The base model's name on Hugging Face, or its folder. Default: its name in the GGUF file."),
         ] = None,
-        force: _Force = False,
+        force: made.Force = False,
     ) -> None:
         """Save a GGUF adapter as PEFT loads it, and print the folder."""
         from fwdllama.models import resolve
@@ -58,7 +59,7 @@ def register(group: typer.Typer) -> None:
 
         model = read_model_info(resolve(base))
         validate_adapter(adapter, model)
-        write_peft(output, read_adapter(adapter), model, base_name=base_name, force=force)
-        typer.echo(output)
+        write_peft(out, read_adapter(adapter), model, base_name=base_name, force=force)
+        typer.echo(out)
 
     group.add_typer(peft, name="peft")
