@@ -48,9 +48,9 @@ def whole(served: Aggregator, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_the_books_of_a_whole_run_add_up(books: Path, whole: tuple[fleet.Report, Counter[str]]) -> None:
     report, done = whole
     assert (report.finished, report.failures, report.lost) == (True, 0, 0)
-    assert len(done) == report.accepted == 3 * 4 + 2  # tasks of three rounds, and two evaluations
+    assert len(done) == report.accepted == 3 * 4 + 3  # tasks of three rounds, and evaluations of versions 0, 2 and 3
     found = checked(f"sqlite:///{books}", "whole", done)
-    assert (found["lost"], found["counted_twice"], found["miscounted"], found["rounds"], found["results"]) == (0, 0, 0, 3, 14)
+    assert (found["lost"], found["counted_twice"], found["miscounted"], found["rounds"], found["results"]) == (0, 0, 0, 3, 15)
     assert (found["chain_valid"], found["audit_valid"]) == (True, True)
     assert checked(f"sqlite:///{books}", "whole", done + Counter({"t0": 1}))["lost"] == 1
 
