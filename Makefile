@@ -3,7 +3,7 @@
 #   ARGS=...     further arguments for the command that a target runs, e.g. make test ARGS="-k ledger"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo check test test-model test-api test-browser bench clean
+.PHONY: help setup model demo demo-local check test test-model test-api test-services bench clean
 
 PY := .venv/bin/python
 FWDLLAMA := .venv/bin/fwdllama
@@ -21,8 +21,11 @@ setup: .venv/.ready ## Make .venv and compile llama.cpp into it (about 4 minutes
 model: setup ## Fetch and verify the small model (93 MB)
 	@$(FWDLLAMA) model fetch $(MODEL)
 
-demo: model ## Fine-tune the small model on the bundled questions, before and after (6 minutes on 2 cores)
+demo: model ## Let an aggregator and two devices fine-tune the small model, before and after (6 minutes on 2 cores)
 	@$(FWDLLAMA) demo $(ARGS)
+
+demo-local: model ## Fine-tune the small model alone on the same questions (4 minutes on 2 cores)
+	@$(FWDLLAMA) demo-local $(ARGS)
 
 check: setup ## Lint, check types and the architecture
 	@.venv/bin/ruff check .
@@ -30,7 +33,7 @@ check: setup ## Lint, check types and the architecture
 	@.venv/bin/lint-imports
 
 test: setup ## Run the fast tests
-	@$(PY) -m pytest -m "not model and not api and not browser" $(ARGS)
+	@$(PY) -m pytest -m "not model and not api and not browser and not postgresql" $(ARGS)
 
 test-api: setup ## Test the aggregator's HTTP interface against its own description (a minute)
 	@$(PY) -m pytest -m api $(ARGS)
@@ -39,8 +42,8 @@ test-model: model ## Run the tests that need the small model (or the one in FWDL
 	@FWDLLAMA_MODEL="$${FWDLLAMA_MODEL:-$$($(PY) -c 'from fwdllama.models import resolve; print(resolve("$(MODEL)"))')}" \
 		$(PY) -m pytest -m model $(ARGS)
 
-test-browser: setup ## Run the tests of the dashboard in Chromium (apt install chromium)
-	@$(PY) -m pytest -m browser $(ARGS)
+test-services: setup ## Test the dashboard in Chromium and several workers on PostgreSQL (apt install chromium postgresql)
+	@$(PY) -m pytest -m "browser or postgresql" $(ARGS)
 
 .venv/.bench: .venv/.ready
 	@echo "Installing torch for the back-propagation baseline"

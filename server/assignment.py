@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -11,9 +12,9 @@ from fwdllama.federation.message import Assignment, CheckIn, Task, Wait
 
 from .errors import Refused
 from .registry import Registry
-from .rounds import Lease, free_slot, wait_s
+from .rounds import Lease, Round, free_slot, wait_s
 from .schema import devices, tasks
-from .state import LEASE_COLUMNS, Open, marked, open_round, slot_seeds
+from .state import LEASES, Open, marked, open_round, release, slot_seeds
 
 ACTIVE_S = 600.0  # an evaluating device that was not seen for so long may be replaced
 CHECK_INS_PER_S = 50  # that waiting devices should cause together
@@ -44,6 +45,8 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
     if row.status == "paused":
         return _wait(30.0, n_active, f"run {row.name} is paused" + (f": {row.reason}" if row.reason else ""))
     if checkin.resting:
+        current = open_round(connection, registry, run)
+        _let_go(connection, registry, run, current, [x for x in current.leases if x.device == device and x.active(now)], now)
         return _wait(RESTING_S, n_active, "the device must not work now")
     if (version := int(row.version)) % spec.evaluation.every == 0 or run.last:
         task = _evaluation(connection, run, device, now)
@@ -52,10 +55,12 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
     if run.last:
         return _wait(2.0, n_active, f"run {row.name} is being scored for the last time")
     current = open_round(connection, registry, run)
+    held = [lease for lease in current.leases if lease.device == device and lease.active(now)]
     # A device has one task at a time: asking again, after a restart or to keep others from working, brings the same.
-    mine = next((x for x in current.leases if x.device == device and x.round == version and x.active(now)), None)
+    mine = next((lease for lease in held if lease.round == version), None)
     if mine is not None:
         return Assignment(task=_task(run, mine, "train", slot_seeds(registry, connection, run, version, mine.slot), now))
+    current = _let_go(connection, registry, run, current, held, now)  # of versions before this one, where results may be late
     slot = free_slot(current, spec.round, device, now)
     if slot is None:
         return _wait(wait_s(current, spec.round, now), n_active, f"all probes of round {version} are given out")
@@ -63,6 +68,16 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
     lease = _leased(connection, run, device, "train", slot, now)
     marked(connection, registry, run, current.with_lease(lease))
     return Assignment(task=_task(run, lease, "train", seeds, now))
+
+
+def _let_go(connection: Connection, registry: Registry, run: Open, current: Round, held: Sequence[Lease], now: float) -> Round:
+    """The round after a device's leases ended: whoever asks for other work, or for none, is not at work."""
+    if not held:
+        return current
+    ended = [lease.task for lease in held]
+    current = current.released(ended, now)
+    release(connection, registry, run, current, ended, now)
+    return current
 
 
 def _wait(least_s: float, n_active: int, reason: str) -> Assignment:
@@ -110,13 +125,11 @@ def _evaluation(connection: Connection, run: Open, device: str, now: float) -> T
     The same devices are asked every time, as far as they are there: losses on different questions do not compare.
     """
     given = connection.execute(
-        sa.select(*LEASE_COLUMNS).where(
-            tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(run.row.version)
-        )
+        LEASES.where(tasks.c.run == run.id, tasks.c.kind == "evaluate", tasks.c.version == int(run.row.version))
     ).all()
-    mine = next((x for x in given if x.device == device and x.counted is None and now < x.until), None)
+    mine = next((lease for lease in (Lease(*x) for x in given) if lease.device == device and lease.active(now)), None)
     if mine is not None:
-        return _task(run, Lease(mine.id, mine.version, mine.slot, device, mine.leased_at, mine.until), "evaluate", [], now)
+        return _task(run, mine, "evaluate", [], now)
     taken = {x.device for x in given if x.counted is not None or now < x.until}
     if device in taken or len(taken) >= run.spec.evaluation.devices:
         return None

@@ -69,8 +69,9 @@ def deliver(
             refusal = Refused(verdict.status, verdict.sentence)
             change(connection, run.id, n_wasted=runs.c.n_wasted + waste(connection, [lease], n_seeds))
     if refusal is not None:
-        if refusal.status == 422:  # its device has done with it, so that another need not wait for the lease to end
-            release(connection, registry, run, task, now)
+        if refusal.status == 422:  # its device will not do better: the slot goes to another at once
+            current = open_round(connection, registry, run).released([task], now)
+            release(connection, registry, run, current, [task], now)
         change(connection, run.id, n_refused=runs.c.n_refused + 1)
         connection.execute(devices.update().where(devices.c.id == device).values(n_refused=devices.c.n_refused + 1))
         say(connection, run.id, "result-refused", now, {"device": device, "task": task, "status": refusal.status, "why": refusal.sentence})

@@ -8,7 +8,7 @@ still welcome as long as nobody else has delivered the slot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -80,9 +80,9 @@ class Round:
         counted = {**self.counted, place: self.counted.get(place, 0) + 1}
         return self._changed((*self.leases[:at], after, *self.leases[at + 1 :]), {**self.slots, place: changed}, counted)
 
-    def released(self, task: str, now: float) -> Round:
-        """The round after the lease of `task` ended; a result that comes all the same is as welcome as after any lease."""
-        return replace(self, leases=tuple(replace(x, until=min(now, x.until)) if x.task == task else x for x in self.leases))
+    def released(self, tasks: Collection[str], now: float) -> Round:
+        """The round after the leases of `tasks` ended; a result that comes all the same is as welcome as after any lease."""
+        return replace(self, leases=tuple(replace(x, until=now) if x.task in tasks else x for x in self.leases))
 
     def under(self, wanted: int, deadline: float, extensions: int) -> Round:
         """The round with these terms."""

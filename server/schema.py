@@ -47,7 +47,7 @@ runs = Table(
     Column("n_results", BigInteger, nullable=False, default=0),
     Column("n_refused", BigInteger, nullable=False, default=0),
     Column("n_wasted", BigInteger, nullable=False, default=0),  # probes computed or leased in vain
-    Column("mark", BigInteger),  # drawn anew whenever a lease or a result changes the open round
+    Column("mark", BigInteger, nullable=False, server_default="0"),  # drawn anew whenever a lease or a result changes the open round
     Column("best_version", Integer),
     Column("best_loss", Float),
     Column("since_best", Integer, nullable=False, default=0),  # scored versions since

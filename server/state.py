@@ -33,10 +33,9 @@ from .store import later
 log = logging.getLogger("fwdllama.server.events")
 
 # Statements of every request are made once: making one costs more than executing it.
-LEASE_COLUMNS = (tasks.c.id, tasks.c.version, tasks.c.slot, tasks.c.device, tasks.c.leased_at, tasks.c.until, tasks.c.counted)
+LEASES = sa.select(tasks.c.id, tasks.c.version, tasks.c.slot, tasks.c.device, tasks.c.leased_at, tasks.c.until, tasks.c.counted)
 _LEASES = (
-    sa.select(*LEASE_COLUMNS)
-    .where(tasks.c.run == sa.bindparam("run_id"), tasks.c.kind == "train", tasks.c.version >= sa.bindparam("oldest"))
+    LEASES.where(tasks.c.run == sa.bindparam("run_id"), tasks.c.kind == "train", tasks.c.version >= sa.bindparam("oldest"))
     .order_by(tasks.c.version, tasks.c.slot, tasks.c.leased_at)
 )
 _COLUMNS = [column for column in runs.c if column.name != "spec"]  # which never changes, and is long
@@ -100,12 +99,12 @@ def open_round(connection: Connection, registry: Registry, run: Open) -> Round:
     """The round as the state machine knows it."""
     row = run.row
     version, terms = int(row.version), (int(row.wanted), float(row.deadline), int(row.extensions))
-    known = registry.round(run.id, version, row.mark)
+    known = registry.round(run.id, version, int(row.mark))
     if known is not None:
         return known.under(*terms)
     found = connection.execute(_LEASES, {"run_id": row.id, "oldest": version - run.spec.round.staleness})
     current = Round(version, *terms, tuple(Lease(*x) for x in found))
-    registry.keep_round(run.id, row.mark, current)
+    registry.keep_round(run.id, int(row.mark), current)
     return current
 
 
@@ -121,10 +120,10 @@ def marked(connection: Connection, registry: Registry, run: Open, current: Round
     registry.keep_round(run.id, mark, current)
 
 
-def release(connection: Connection, registry: Registry, run: Open, task: str, now: float) -> None:
-    """End a lease before its time, so that its slot is handed on at once."""
-    connection.execute(tasks.update().where(tasks.c.id == task, tasks.c.until > now).values(until=now))
-    marked(connection, registry, run, open_round(connection, registry, run).released(task, now))
+def release(connection: Connection, registry: Registry, run: Open, current: Round, ended: Sequence[str], now: float) -> None:
+    """End leases before their time, so that their slots are handed on at once; `current` is the round without them."""
+    connection.execute(tasks.update().where(tasks.c.id.in_(ended)).values(until=now))
+    marked(connection, registry, run, current)
 
 
 def slot_seeds(registry: Registry, connection: Connection, run: Open, version: int, slot: int) -> list[int]:

@@ -68,6 +68,10 @@ class Command:
                 text=True,
             )
 
+    def said(self) -> str:
+        """What it has written to its output so far; the place where it writes on is not moved."""
+        return os.pread(self._stdout.fileno(), 1 << 20, 0).decode(errors="replace")
+
     def killed_after(self, seconds: float) -> bool:
         """Kill it `seconds` after its start, as a machine that loses power would; False where it was done before.
 

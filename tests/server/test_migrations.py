@@ -23,9 +23,10 @@ def at_revision(folder: Path, revision: str) -> Path:
     engine = sa.create_engine(f"sqlite:///{path}")
     with engine.begin() as connection:
         upgrade(connection, revision)
-        values = dict.fromkeys((c.name for c in runs.c if not c.nullable and c.default is None), 0)
+        then = sa.Table("runs", sa.MetaData(), autoload_with=connection)  # as it was at that revision
+        values = dict.fromkeys((c.name for c in then.c if not c.nullable), 0)
         values |= {"id": "r1", "name": "old", "spec": "{}", "status": "open", "head": b"h", "theta_digest": "d"}
-        connection.execute(runs.insert().values(values))
+        connection.execute(then.insert().values(values))
     engine.dispose()
     return path
 

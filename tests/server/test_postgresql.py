@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 import sqlalchemy as sa
+from fwdllama_eval.bench.federation.postgresql import PostgreSQL, binaries
 from fwdllama_server.opening import database_url, opened
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -27,12 +28,25 @@ from .conftest import Member
 pytest.importorskip("psycopg", reason="PostgreSQL's driver is in the extra `postgresql`")
 
 
+pytestmark = pytest.mark.postgresql
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A PostgreSQL server: the one that FWDLLAMA_POSTGRESQL names, else one of our own on loopback."""
+    named = os.environ.get("FWDLLAMA_POSTGRESQL")
+    if named:
+        yield named
+    elif binaries() is None:
+        pytest.skip("needs PostgreSQL (apt install postgresql), or a server that databases may be made on in FWDLLAMA_POSTGRESQL")
+    else:
+        with PostgreSQL() as own:
+            yield own.url
+
+
 @pytest.fixture
-def database() -> Iterator[str]:
-    """The URL of a new database on the server that FWDLLAMA_POSTGRESQL names."""
-    server = os.environ.get("FWDLLAMA_POSTGRESQL")
-    if not server:
-        pytest.skip("needs a PostgreSQL server that databases may be made on; set FWDLLAMA_POSTGRESQL to its URL")
+def database(server: str) -> Iterator[str]:
+    """The URL of a new database."""
     name = f"fwdllama_{secrets.token_hex(6)}"
     url = database_url(Path(), server)
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")

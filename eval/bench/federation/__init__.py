@@ -10,4 +10,5 @@ load            results a second, latency, memory, bytes
 kill            kills and cuts, and what the books say afterwards
 dropout         devices that leave, and what is in vain
 hostile         devices that lie
+training        devices with a model, against training alone
 """

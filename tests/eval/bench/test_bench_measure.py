@@ -66,6 +66,7 @@ def test_items_are_those_of_the_plan_each_with_a_bar_on_a_figure_that_is_shown()
         "federation-cut",
         "federation-dropout",
         "federation-hostile",
+        "federation-training",
     ]
     assert all(bar.figure in each.shown for each in items.values() for bar in each.bars)
     assert all(each.bars for each in items.values())
