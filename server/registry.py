@@ -45,7 +45,7 @@ class Registry:
         self._specs: dict[str, RunSpec] = {}
         self._origins: OrderedDict[str, Origin] = OrderedDict()
         self._held: OrderedDict[str, Held] = OrderedDict()
-        self._rounds: dict[str, tuple[int | None, Round]] = {}
+        self._rounds: dict[str, tuple[int, Round]] = {}
         self._lock = threading.RLock()
 
     def spec(self, connection: Connection, run: str) -> RunSpec:
@@ -55,12 +55,12 @@ class Registry:
             self._specs[run] = RunSpec.model_validate_json(text)
         return self._specs[run]
 
-    def round(self, run: str, version: int, mark: int | None) -> Round | None:
+    def round(self, run: str, version: int, mark: int) -> Round | None:
         """The open round, if what is remembered of it is what has this mark."""
         known = self._rounds.get(run)
         return known[1] if known is not None and known[0] == mark and known[1].number == version else None
 
-    def keep_round(self, run: str, mark: int | None, current: Round) -> None:
+    def keep_round(self, run: str, mark: int, current: Round) -> None:
         """Remember the open round by its mark."""
         self._rounds[run] = (mark, current)
 

@@ -15,7 +15,7 @@ from fwdllama_server.errors import Refused
 from fwdllama_server.registry import Registry, add_version, ledger_entries, store_blob
 from fwdllama_server.rounds import Lease, Round, decide, free_slot, judge, n_counted, n_leased, wait_s
 from fwdllama_server.schema import devices, entries, metadata, runs, tasks, tokens
-from fwdllama_server.state import open_round, run_named
+from fwdllama_server.state import run_named
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -35,7 +35,7 @@ class Machine(RuleBasedStateMachine):
     """One run, two workers that share its database, and devices that do as they like."""
 
     shape: ClassVar[dict[str, Any]] = {}
-    rule_: ClassVar[str] = "clip"
+    rule_: str = "clip"
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,9 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def both_workers_see_the_round_that_is_in_the_database(self) -> None:
-        seen = [open_round(self.connection, known, run_named(self.connection, known, "toy")) for known in (*self.workers, Registry())]
+        from fwdllama_server.state import open_round
+
+        seen = [open_round(self.connection, x, run_named(self.connection, x, "toy")) for x in (*self.workers, Registry())]
         self.connection.rollback()
         for current in seen[:2]:
             assert sorted(current.leases, key=lambda x: x.task) == sorted(seen[2].leases, key=lambda x: x.task)
@@ -225,7 +227,7 @@ def test_over_selection_leases_more_slots_than_the_round_wants() -> None:
 
 def test_a_released_lease_frees_its_slot_but_its_result_is_still_welcome() -> None:
     held = lease(0)
-    current = Round(3, 40, 100.0).with_lease(held).released(held.task, 2.0)
+    current = Round(3, 40, 100.0).with_lease(held).released([held.task], 2.0)
     assert free_slot(current, CONFIG, "b", 2.0) == 0
     assert judge(current, CONFIG, held) is None
     other = lease(0, "b")

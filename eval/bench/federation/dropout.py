@@ -71,7 +71,7 @@ def waste(
         "dropped": report.dropped / given,
         "abandoned": report.abandoned / given,
         "rounds": progress["version"],
-        "results_per_s": report.accepted / report.seconds,
+        "results_a_second": report.accepted / report.seconds,
     }
 
 

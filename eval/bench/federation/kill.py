@@ -137,10 +137,10 @@ def cut(scene: Scene, seconds: float = CUT_S) -> None:
 
 
 def _item(name: str, what: str, minutes: float, act: Callable[[Scene], None], n: int, needs: tuple[Any, ...] = (), **how: Any) -> Item:
-    zero = tuple(Bar(figure, "<=", 0) for figure in ("lost", "counted_twice", "miscounted"))
-    true = tuple(Bar(figure, "is", True) for figure in ("chain_valid", "audit_valid", "finished"))
-    true_or_zero = ("lost", "counted_twice", "miscounted", "chain_valid", "audit_valid", "finished")
-    shown = ("interruptions", "acknowledged", *true_or_zero, "rounds", "retries", "duplicates")
+    barred = ("lost", "counted_twice", "miscounted", "chain_valid", "audit_valid", "finished")
+    shown = ("interruptions", "acknowledged", *barred, "rounds", "retries", "duplicates")
+    zero = tuple(Bar(figure, "<=", 0) for figure in barred[:3])
+    true = tuple(Bar(figure, "is", True) for figure in barred[3:])
     measure = functools.partial(interrupted, name=name, act=act, n=n, **how)
     return Item(name, what, (*zero, *true, Bar("interruptions", ">=", n)), shown, ("server", *needs), minutes, measure, model=False)
 
