@@ -113,7 +113,7 @@ def pooled(contributions: Sequence[Contribution], spec: RunSpec) -> tuple[NDArra
     for seed, slope, weight in zip(seeds.tolist(), measured.tolist(), trusted.tolist(), strict=True):
         by_seed.setdefault(seed, []).append((slope, weight))
     chosen = [_one([s for s, _ in found], spec) for found in by_seed.values()]
-    weights = [float(np.mean([w for _, w in found])) for found in by_seed.values()]
+    weights = [float(np.mean(sorted(w for _, w in found))) for found in by_seed.values()]
     return np.array(list(by_seed), np.uint64), np.array(chosen, np.float64), np.array(weights, np.float64)
 
 

@@ -22,6 +22,7 @@ from .state import Open, change, close, contributions, new_mark, open_round, rel
 log = logging.getLogger("fwdllama.server")
 
 _TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam("task_id"), tasks.c.device == sa.bindparam("device_id"))
+_DIGEST = sa.select(versions.c.theta_digest).where(versions.c.run == sa.bindparam("run_id"), versions.c.version == sa.bindparam("of_version"))
 _ACCEPTED = (
     tasks.update()
     .where(tasks.c.id == sa.bindparam("task_id"))
@@ -103,8 +104,7 @@ def deliver(
 def _digest(connection: Connection, run: Open, version: int) -> str:
     if version == int(run.row.version):
         return str(run.row.theta_digest)
-    where = (versions.c.run == run.id) & (versions.c.version == version)
-    return str(connection.execute(sa.select(versions.c.theta_digest).where(where)).scalar_one())
+    return str(connection.execute(_DIGEST, {"run_id": run.id, "of_version": version}).scalar_one())
 
 
 def _refusal(connection: Connection, run: Open, row: Row[Any], result: TrainResult | EvaluateResult, n_seeds: int) -> Refused | None:

@@ -5,6 +5,7 @@ The first signal lets running requests finish, ends event streams and closes the
 
 from __future__ import annotations
 
+import gc
 import platform
 import signal
 import socket
@@ -24,6 +25,7 @@ from .limits import Limits
 from .listen import is_loopback, listening
 from .opening import opened
 
+SWITCH_S = 0.0005  # the event loop waits as long for the thread that writes, many times in every request
 GRACE_S = 30  # for running requests, after which they are cut off
 
 
@@ -109,6 +111,9 @@ def check_tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] |
 
 def serve(setting: Setting, context: Context, opened_socket: socket.socket) -> None:
     """Serve until a signal comes; closes the database."""
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()  # what is loaded stays, and need not be looked at again with every collection
     journal.set_up(setting.log_format, sys.stderr)
     try:
         Server(setting, context).serve_on(opened_socket)

@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 log = logging.getLogger("fwdllama.server")
 T = TypeVar("T")
 Act = Callable[[Connection], T]
-MOST_IN_ONE_COMMIT = 64
+MOST_IN_ONE_COMMIT = 24
 _LOCK = 0x66776C6C  # of this program among a PostgreSQL database's advisory locks
 _NOTICES = "fwdllama notices"  # in a connection's `info`
 

@@ -21,37 +21,21 @@ import psutil
 
 from fwdllama.federation.spec import RunSpec
 
+from ..child import PROGRAM
 from ..measure import BenchError
-from .wire import Answer, Identity, Lost, Wire
+from .wire import Answer, Identity, Lost, Wire, asked
 
 HOST = "127.0.0.1"
-START_S = 60.0
+START_S, STOP_S = 60.0, 40.0
 ENROLLING = 32  # at once
-SERVE = """
-import json, signal, socket, sys
-from pathlib import Path
-import uvicorn
-from fwdllama_server.app import create_app
-from fwdllama_server.limits import Limits
-from fwdllama_server.opening import opened
-given = json.loads(sys.argv[1])
-at = socket.socket()
-at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-if given["shared"]:
-    at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-at.bind((given["host"], given["port"]))
-signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its shutdown, which would leave out what follows
-context = opened(Path(given["folder"]), database=given["database"], limits=Limits(**given["limits"]))
-uvicorn.Server(uvicorn.Config(create_app(context), access_log=False, log_level="warning")).run(sockets=[at])
-context.store.close()
-"""
+SPAWNED = "spawn_main"  # in the command line of a worker that a supervisor started
 
 
-def command(folder: Path, port: int, *, database: str | None, shared: bool) -> list[str]:
-    """What starts one worker of the aggregator of `folder`; with `shared` it does not have the port for itself."""
-    limits = {"newcomers_per_s": 1e6, "requests_per_s": 1e6}  # all simulated devices come from one address
-    given = {"folder": str(folder), "host": HOST, "port": port, "database": database, "limits": limits, "shared": shared}
-    return [sys.executable, "-c", SERVE, json.dumps(given)]
+def words(folder: Path, port: int, *, database: str | None, workers: int) -> list[object]:
+    """The command that serves the aggregator of `folder`. Its rates are high because all simulated devices come from one address."""
+    where = () if database is None else ("--database", database)
+    many = () if workers == 1 else ("--workers", workers)
+    return ["serve", folder, "--port", port, *where, *many, "--requests-per-s", "1e6", "--newcomers-per-s", "1e6"]
 
 
 def free_port() -> int:
@@ -66,56 +50,66 @@ class Aggregator:
     """The aggregator of a folder, with one worker or several. Its processes do not outlive the block it is used in."""
 
     def __init__(self, folder: Path, *, database: str | None = None, workers: int = 1) -> None:
-        self.folder, self.database, self.port = folder, database, free_port()
-        self._workers: list[subprocess.Popen[bytes]] = []
-        self._shared = workers > 1
+        self.folder, self.database, self.n_workers, self.port = folder, database, workers, free_port()
         folder.mkdir(parents=True, exist_ok=True)
-        for worker in range(workers):
-            self._workers.append(self._spawned())
-            self._wait(worker)  # one after the other: the first makes the tables
+        self._process = self._spawned()
+        self._wait()
 
     def _spawned(self) -> subprocess.Popen[bytes]:
+        given = words(self.folder / "aggregator", self.port, database=self.database, workers=self.n_workers)
         with open(self.folder / "log", "ab") as log:
-            return subprocess.Popen(
-                command(self.folder / "aggregator", self.port, database=self.database, shared=self._shared),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, given)], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-    def _wait(self, worker: int) -> None:
+    def _wait(self) -> None:
         """Wait until the aggregator answers; of several workers any may.
 
         Raises:
-            BenchError: it does not, or the worker died.
+            BenchError: it does not, or it ended.
         """
         until = time.monotonic() + START_S
-        while time.monotonic() < until and self._workers[worker].poll() is None:
+        while time.monotonic() < until and self._process.poll() is None:
             try:
-                if asyncio.run(Wire(HOST, self.port, answer_s=5.0).request("GET", "/health")).status == 200:
+                if asked(HOST, self.port, "GET", "/health", answer_s=5.0).status == 200:
                     return
             except Lost:
                 time.sleep(0.02)
+        self.kill()
         said = (self.folder / "log").read_text(errors="replace").strip().splitlines()
         raise BenchError(f"the aggregator did not start: {said[-1] if said else 'it said nothing'}")
 
-    def kill(self, worker: int = 0) -> None:
-        """End a worker as a power cut would."""
-        self._workers[worker].kill()
-        self._workers[worker].wait()
+    def _workers(self) -> list[psutil.Process]:
+        """The processes that answer requests, which the first one started where there are several."""
+        if self._process.poll() is not None:
+            return []
+        first = psutil.Process(self._process.pid)
+        return [first] if self.n_workers == 1 else [p for p in first.children() if SPAWNED in " ".join(p.cmdline())]
 
-    def restart(self, worker: int = 0) -> None:
-        """Start a worker that was killed."""
-        self._workers[worker] = self._spawned()
-        self._wait(worker)
+    def kill(self) -> None:
+        """End all its processes as a power cut would."""
+        for worker in self._workers():
+            worker.kill()
+        self._process.kill()
+        self._process.wait()
+
+    def kill_worker(self, which: int) -> None:
+        """End one of several workers; another takes its place."""
+        workers = self._workers()
+        if workers:
+            workers[which % len(workers)].kill()
+
+    def restart(self) -> None:
+        """Start it where it has ended, and wait until it answers; it ends too when its workers die faster than they start."""
+        if self._process.poll() is not None:
+            self._process = self._spawned()
+        self._wait()
 
     def rss_bytes(self) -> int:
         """Memory of all workers together."""
-        return sum(int(psutil.Process(worker.pid).memory_info().rss) for worker in self._workers)
+        return sum(int(worker.memory_info().rss) for worker in self._workers())
 
     def cpu_s(self) -> float:
         """Processor time that the workers have used."""
-        times = [psutil.Process(worker.pid).cpu_times() for worker in self._workers]
+        times = [worker.cpu_times() for worker in self._workers()]
         return float(sum(t.user + t.system for t in times))
 
     @property
@@ -131,7 +125,7 @@ class Aggregator:
         """
         data = raw if body is None else json.dumps(body).encode()
         try:
-            answer = asyncio.run(Wire(HOST, self.port).request(method, target, data, self.admin_headers))
+            answer = asked(HOST, self.port, method, target, data, self.admin_headers)
         except Lost as error:
             raise BenchError(f"the aggregator does not answer: {error}") from error
         if answer.status >= 400:
@@ -155,16 +149,13 @@ class Aggregator:
         return asyncio.run(_enrolled(self.port, token, n))
 
     def stop(self) -> None:
-        """End all workers in order."""
-        for worker in self._workers:
-            if worker.poll() is None:
-                worker.send_signal(signal.SIGTERM)
-        for worker in self._workers:
+        """End it in order."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
             try:
-                worker.wait(20)
+                self._process.wait(STOP_S)
             except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
+                self.kill()
 
     def __enter__(self) -> Aggregator:
         return self
@@ -177,14 +168,13 @@ async def _enrolled(port: int, token: str, n: int) -> list[Identity]:
     found: list[Identity] = []
 
     async def enrol(numbers: Sequence[int]) -> None:
-        wire = Wire(HOST, port)
-        for number in numbers:
-            body = json.dumps({"name": f"simulated {number}"}).encode()
-            answer = await wire.request("POST", "/v1/devices", body, {"authorization": f"Bearer {token}"})
-            if answer.status != 201:
-                raise BenchError(f"device {number} was not enrolled: {answer.status} {answer.body.decode(errors='replace')}")
-            found.append(Identity(answer.json["device"], bytes.fromhex(answer.json["key"])))
-        wire.close()
+        async with Wire(HOST, port) as wire:
+            for number in numbers:
+                body = json.dumps({"name": f"simulated {number}"}).encode()
+                answer = await wire.request("POST", "/v1/devices", body, {"authorization": f"Bearer {token}"})
+                if answer.status != 201:
+                    raise BenchError(f"device {number} was not enrolled: {answer.status} {answer.body.decode(errors='replace')}")
+                found.append(Identity(answer.json["device"], bytes.fromhex(answer.json["key"])))
 
     await asyncio.gather(*(enrol(range(part, n, ENROLLING)) for part in range(min(ENROLLING, n))))
     return found

@@ -119,7 +119,10 @@ class Fleet:
 
     async def _connection(self, identities: list[Identity], flaky: set[str]) -> None:
         """Devices that take turns after each task; one alone checks in with its results."""
-        wire = Wire(self.orders.host, self.orders.port, answer_s=self.orders.answer_s)
+        async with Wire(self.orders.host, self.orders.port, answer_s=self.orders.answer_s) as wire:
+            await self._turns(wire, identities, flaky)
+
+    async def _turns(self, wire: Wire, identities: list[Identity], flaky: set[str]) -> None:
         checkin = {"base": BASE}
         checking_in = f"/v1/runs/{self.orders.run}/checkin"
         task: dict[str, Any] | None = None
@@ -148,7 +151,6 @@ class Fleet:
                     self.report.finished = True
                     break
                 await asyncio.sleep(self.random.uniform(wait["least_s"], wait["most_s"]))
-        wire.close()
 
     async def _thought(self, flaky: bool) -> bool:
         """Take the time of a task; False where its device left in the middle and has forgotten it when it returns."""

@@ -136,6 +136,10 @@ class Play:
             BenchError: the run stands still.
         """
         self.last = genesis
+        async with self.wire:
+            return await self._turns()
+
+    async def _turns(self) -> float:
         idle, rng = 0, np.random.default_rng(SEED)
         while idle < 3 * len(self.identities):
             for device in rng.permutation(len(self.identities)).tolist():  # whoever shares a slot or a round is another each time
@@ -146,7 +150,6 @@ class Play:
                 task, wait = answer.json["task"], answer.json["wait"]
                 if wait is not None and wait["finished"]:
                     await self._catch_up(identity)
-                    self.wire.close()
                     return self.data.held_out(self.theta)
                 idle = idle + 1 if task is None else 0
                 if task is not None:

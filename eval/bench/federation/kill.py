@@ -33,8 +33,8 @@ NAME = "kill"
 class Scene:
     """An aggregator at work with several fleets of devices, and the moments at which something befalls them."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *, database: str | None, workers: int, through_proxy: bool) -> None:
-        self.folder, self.random = folder, random.Random(SEED)
+    def __init__(self, folder: Path, stack: ExitStack, *, database: str | None, workers: int, through_proxy: bool, fleets: int) -> None:
+        self.folder, self.random, self.n_fleets = folder, random.Random(SEED), fleets
         self.aggregator = stack.enter_context(Aggregator(folder, database=database, workers=workers))
         self.workers = workers
         spec, initial = toy_run(NAME, rounds=1_000_000, round=ROUND, evaluation={"every": 10, "devices": 2})
@@ -43,11 +43,11 @@ class Scene:
         self.proxy = stack.enter_context(Proxy(self.aggregator.port)) if through_proxy else None
         more: dict[str, Any] = {"think_s": THINK_S, **({} if self.proxy is None else {"port": self.proxy.port, "answer_s": 5.0})}
         self._orders = [
-            orders_for(self.aggregator, NAME, devices[part::FLEETS], 3600.0, self._log(part), **{**more, "seed": SEED + part})
-            for part in range(FLEETS)
+            orders_for(self.aggregator, NAME, devices[part :: self.n_fleets], 3600.0, self._log(part), **{**more, "seed": SEED + part})
+            for part in range(self.n_fleets)
         ]
         self._stack = stack
-        self.fleets = [self._fleet(part) for part in range(FLEETS)]
+        self.fleets = [self._fleet(part) for part in range(self.n_fleets)]
 
     def _log(self, part: int) -> Path:
         return self.folder / f"accepted-{part}.log"
@@ -63,17 +63,16 @@ class Scene:
     def kill_aggregator(self) -> None:
         """One worker after a random time, and every third time all of them."""
         time.sleep(self.random.uniform(0, MOST_BETWEEN_S))
-        everyone = self.workers == 1 or self.random.random() < 1 / 3
-        victims = range(self.workers) if everyone else [self.random.randrange(self.workers)]
-        for worker in victims:
-            self.aggregator.kill(worker)
-        for worker in victims:
-            self.aggregator.restart(worker)
+        if self.workers == 1 or self.random.random() < 1 / 3:
+            self.aggregator.kill()
+        else:
+            self.aggregator.kill_worker(self.random.randrange(self.workers))
+        self.aggregator.restart()
 
     def kill_devices(self) -> None:
         """A quarter of them after a random time; they come back as themselves, remembering their keys only."""
         time.sleep(self.random.uniform(0.2, 0.2 + 2 * MOST_BETWEEN_S))
-        part = self.random.randrange(FLEETS)
+        part = self.random.randrange(self.n_fleets)
         self.fleets[part].process.kill()
         self.fleets[part].process.wait()
         self.fleets[part] = self._fleet(part)
@@ -95,7 +94,7 @@ class Scene:
     def figures(self, reports: list[Report]) -> dict[str, Any]:
         """The books, and what the devices saw."""
         return {
-            **checked(self.aggregator.url, NAME, acknowledged(map(self._log, range(FLEETS)))),
+            **checked(self.aggregator.url, NAME, acknowledged(map(self._log, range(self.n_fleets)))),
             "finished": all(report.finished for report in reports),
             "retries": sum(report.lost for report in reports),
             "duplicates": sum(report.duplicates for report in reports),
@@ -104,12 +103,20 @@ class Scene:
 
 
 def interrupted(
-    bench: Bench, name: str, act: Callable[[Scene], None], n: int, *, postgresql: bool = False, workers: int = 1, through_proxy: bool = False
+    bench: Bench,
+    name: str,
+    act: Callable[[Scene], None],
+    n: int,
+    *,
+    postgresql: bool = False,
+    workers: int = 1,
+    through_proxy: bool = False,
+    fleets: int = FLEETS,
 ) -> Measured:
     """Let `act` befall an aggregator at work `n` times, and check its books."""
     with ExitStack() as stack:
         database = stack.enter_context(PostgreSQL()).url if postgresql else None
-        scene = Scene(bench.fresh(name), stack, database=database, workers=workers, through_proxy=through_proxy)
+        scene = Scene(bench.fresh(name), stack, database=database, workers=workers, through_proxy=through_proxy, fleets=fleets)
         while scene.n_rounds < 1:
             time.sleep(0.1)
         for _ in range(n):
@@ -130,10 +137,10 @@ def cut(scene: Scene, seconds: float = CUT_S) -> None:
 
 
 def _item(name: str, what: str, minutes: float, act: Callable[[Scene], None], n: int, needs: tuple[Any, ...] = (), **how: Any) -> Item:
-    zero = tuple(Bar(figure, "<=", 0) for figure in ("lost", "counted_twice", "miscounted"))
-    true = tuple(Bar(figure, "is", True) for figure in ("chain_valid", "audit_valid", "finished"))
-    true_or_zero = ("lost", "counted_twice", "miscounted", "chain_valid", "audit_valid", "finished")
-    shown = ("interruptions", "acknowledged", *true_or_zero, "rounds", "retries", "duplicates")
+    barred = ("lost", "counted_twice", "miscounted", "chain_valid", "audit_valid", "finished")
+    shown = ("interruptions", "acknowledged", *barred, "rounds", "retries", "duplicates")
+    zero = tuple(Bar(figure, "<=", 0) for figure in barred[:3])
+    true = tuple(Bar(figure, "is", True) for figure in barred[3:])
     measure = functools.partial(interrupted, name=name, act=act, n=n, **how)
     return Item(name, what, (*zero, *true, Bar("interruptions", ">=", n)), shown, ("server", *needs), minutes, measure, model=False)
 

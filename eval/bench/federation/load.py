@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import quantiles
+from statistics import linear_regression, quantiles
 from typing import Any
 
 from fwdllama.federation.message import CheckIn, Delivery, EvaluateResult, TrainResult
@@ -82,64 +82,79 @@ def percentile(values: Sequence[float], percent: int) -> float:
 def load(bench: Bench, *, enrolled: int = ENROLLED, concurrent: int = CONCURRENT, seconds: float = LOAD_S, warm_s: float = WARM_S) -> Measured:
     """Enrol many, then let a hundred of them work without a pause; what comes before the caches are warm is left out."""
     folder = bench.fresh("federation-load")
-    spec, initial = toy_run("load", N_PARAMS, rounds=1_000_000, round=ROUND, evaluation={"every": 50, "devices": 4})
     with Aggregator(folder) as aggregator:
-        devices = aggregator.enrolled(enrolled)
-        aggregator.create(spec, initial)
-        chosen = random.Random(SEED).sample(sorted(devices, key=lambda d: d.device), concurrent)
-        with Simulation(folder / "warm", orders_for(aggregator, "load", chosen, warm_s, folder / "warm.log")) as fleet:
-            warm = fleet.finished()
-        before_s = aggregator.cpu_s()
-        with Simulation(folder / "fleet", orders_for(aggregator, "load", chosen, bench.seconds(seconds), folder / "accepted.log")) as fleet:
-            report = fleet.finished()
-        server_s = aggregator.cpu_s() - before_s
-        rss = aggregator.rss_bytes()
-        run = aggregator.admin("GET", "/v1/runs/load/progress").json
+        figures = loaded(aggregator, folder, enrolled=enrolled, concurrent=concurrent, seconds=bench.seconds(seconds), warm_s=warm_s)
+    return Measured(figures, "fwdllama bench federation-load")
+
+
+def loaded(aggregator: Aggregator, folder: Path, *, enrolled: int, concurrent: int, seconds: float, warm_s: float) -> dict[str, Any]:
+    """Figures of the load on an aggregator that is up.
+
+    Raises:
+        BenchError: it counts other results than it acknowledged.
+    """
+    spec, initial = toy_run("load", N_PARAMS, rounds=1_000_000, round=ROUND, evaluation={"every": 50, "devices": 4})
+    devices = aggregator.enrolled(enrolled)
+    aggregator.create(spec, initial)
+    chosen = random.Random(SEED).sample(sorted(devices, key=lambda d: d.device), concurrent)
+    with Simulation(folder / "warm", orders_for(aggregator, "load", chosen, warm_s, folder / "warm.log")) as fleet:
+        warm = fleet.finished()
+    before_s = aggregator.cpu_s()
+    with Simulation(folder / "fleet", orders_for(aggregator, "load", chosen, seconds, folder / "accepted.log")) as fleet:
+        report = fleet.finished()
+    server_s = aggregator.cpu_s() - before_s
+    run = aggregator.admin("GET", "/v1/runs/load/progress").json
     if run["n_results"] != report.accepted + warm.accepted:
         raise BenchError(f"{report.accepted + warm.accepted} results were acknowledged, but the aggregator counts {run['n_results']}.")
     requests = sum(report.answers.values())
-    figures = {
+    return {
         "enrolled": len(devices),
         "concurrent": concurrent,
-        "results_per_s": report.accepted / report.seconds,
+        "results_a_second": report.accepted / report.seconds,
         "p50_ms": percentile(report.latencies_ms, 50),
         "p99_ms": percentile(report.latencies_ms, 99),
         "worst_ms": max(report.latencies_ms),
         "failures": report.failures + report.lost,
-        "requests_per_s": requests / report.seconds,
+        "requests_a_second": requests / report.seconds,
         "answers": report.answers,
         "server_cpu_ms_per_request": 1000 * server_s / requests,
         "rounds": run["version"],
-        "rss_bytes": rss,
+        "rss_bytes": aggregator.rss_bytes(),
     }
-    return Measured(figures, "fwdllama bench federation-load")
 
 
 def memory(bench: Bench, *, enrolled: int = ENROLLED, rounds: int = MEMORY_ROUNDS) -> Measured:
     """As many rounds as are asked for, every task by another device, and the aggregator's memory meanwhile."""
     folder = bench.fresh("federation-memory")
+    with Aggregator(folder) as aggregator:
+        figures = remembered(aggregator, folder, enrolled=enrolled, rounds=rounds)
+    return Measured(figures, "fwdllama bench federation-memory")
+
+
+def remembered(aggregator: Aggregator, folder: Path, *, enrolled: int, rounds: int) -> dict[str, Any]:
+    """Figures of the memory of an aggregator that is up.
+
+    Raises:
+        BenchError: the devices ended before the rounds were done.
+    """
     shape = {"probes": 100, "most": 100, "probes_per_task": PROBES_PER_TASK, "lease_s": 30.0}
     spec, initial = toy_run("memory", N_PARAMS, rounds=rounds, round=shape, evaluation={"every": 100, "devices": 4})
-    samples: list[tuple[float, float]] = []  # (rounds, bytes)
-    with Aggregator(folder) as aggregator:
-        devices = aggregator.enrolled(enrolled)
-        aggregator.create(spec, initial)
-        orders = orders_for(aggregator, "memory", devices, 3600.0, folder / "accepted.log", connections=8)
-        with Simulation(folder / "fleet", orders) as fleet:
-            while (done := int(aggregator.admin("GET", "/v1/runs/memory/progress").json["version"])) < rounds:
-                samples.append((done, aggregator.rss_bytes()))
-                if fleet.process.poll() is not None:
-                    raise BenchError(f"the devices went home after {done} of {rounds} rounds.")
-                time.sleep(min(0.5, rounds / 1000))
+    samples: list[tuple[int, int]] = []  # rounds, bytes
+    devices = aggregator.enrolled(enrolled)
+    aggregator.create(spec, initial)
+    orders = orders_for(aggregator, "memory", devices, 3600.0, folder / "accepted.log", connections=8)
+    with Simulation(folder / "fleet", orders) as fleet:
+        done = 0
+        while done < rounds:
+            time.sleep(min(0.5, rounds / 1000))
+            if fleet.process.poll() is not None:
+                raise BenchError(f"the devices went home after {done} of {rounds} rounds.")
+            done = int(aggregator.admin("GET", "/v1/runs/memory/progress").json["version"])
             samples.append((done, aggregator.rss_bytes()))
-            fleet.process.kill()
     later = [sample for sample in samples if sample[0] >= rounds / 2]  # caches fill at first
-    n = len(later)
-    mean_x, mean_y = sum(x for x, _ in later) / n, sum(y for _, y in later) / n
-    spread = sum((x - mean_x) ** 2 for x, _ in later)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in later) / spread if spread else 0.0
-    peak = max(y for _, y in samples)
-    figures = {
+    slope = linear_regression(*zip(*later, strict=True)).slope if len({at for at, _ in later}) > 1 else 0.0
+    peak = max(size for _, size in samples)
+    return {
         "rss_bytes": peak,
         "growth": slope * rounds / peak,
         "slope_bytes_a_round": slope,
@@ -148,26 +163,30 @@ def memory(bench: Bench, *, enrolled: int = ENROLLED, rounds: int = MEMORY_ROUND
         "rss_at_start_bytes": samples[0][1],
         "rss_at_end_bytes": samples[-1][1],
     }
-    return Measured(figures, "fwdllama bench federation-memory")
 
 
 def upload(bench: Bench) -> Measured:
     """Deliver one result of twenty probes, as a device sends it, and count the bytes of the request."""
+    with Aggregator(bench.fresh("federation-upload")) as aggregator:
+        return Measured(uploads(aggregator), "fwdllama bench federation-upload")
+
+
+def uploads(aggregator: Aggregator) -> dict[str, Any]:
+    """Figures of results that are sent to an aggregator that is up."""
     rng = random.Random(SEED)
     shape = {"probes": PROBES_PER_TASK, "most": PROBES_PER_TASK, "probes_per_task": PROBES_PER_TASK}
+    (identity,) = aggregator.enrolled(1)
     figures: dict[str, Any] = {}
-    with Aggregator(bench.fresh("federation-upload")) as aggregator:
-        (identity,) = aggregator.enrolled(1)
-        for sided in ("one", "two"):
-            name = f"upload-{sided}"
-            train = {"estimator": {"sided": sided}}
-            spec, initial = toy_run(name, N_PARAMS, rounds=8, round=shape, train=train, evaluation={"every": 100, "devices": 1})
-            aggregator.create(spec, initial)
-            payload, sent = asyncio.run(_uploaded(aggregator.port, identity, name, sided, rng))
-            figures |= {f"{sided}_sided_payload_per_probe": payload / PROBES_PER_TASK, f"{sided}_sided_request": sent}
+    for sided in ("one", "two"):
+        name = f"upload-{sided}"
+        train = {"estimator": {"sided": sided}}
+        spec, initial = toy_run(name, N_PARAMS, rounds=8, round=shape, train=train, evaluation={"every": 100, "devices": 1})
+        aggregator.create(spec, initial)
+        payload, sent = asyncio.run(_uploaded(aggregator.port, identity, name, sided, rng))
+        figures |= {f"{sided}_sided_payload_per_probe": payload / PROBES_PER_TASK, f"{sided}_sided_request": sent}
     figures["payload_per_probe"] = max(figures[f"{sided}_sided_payload_per_probe"] for sided in ("one", "two"))
     figures["request"] = figures["one_sided_request"]  # the default
-    return Measured(figures, "fwdllama bench federation-upload")
+    return figures
 
 
 async def _uploaded(port: int, identity: Identity, run: str, sided: str, rng: random.Random) -> tuple[int, int]:
@@ -194,7 +213,7 @@ async def _uploaded(port: int, identity: Identity, run: str, sided: str, rng: ra
         if answer.status != 200:
             raise BenchError(f"result: {answer.status} {answer.body.decode(errors='replace')}")
         if task["kind"] == "train":
-            wire.close()
+            await wire.close()
             return len(result.model_dump_json().encode()), answer.sent_bytes
 
 
@@ -202,8 +221,8 @@ ITEMS = (
     Item(
         "federation-load",
         "10,000 devices enrolled, 100 of them delivering without a pause; SQLite, durable commits; losses follow from seeds, no theta",
-        (Bar("enrolled", ">=", ENROLLED), Bar("results_per_s", ">=", 300), Bar("p99_ms", "<=", 250), Bar("failures", "<=", 0)),
-        ("results_per_s", "p50_ms", "p99_ms", "failures", "enrolled", "server_cpu_ms_per_request"),
+        (Bar("enrolled", ">=", ENROLLED), Bar("results_a_second", ">=", 300), Bar("p99_ms", "<=", 250), Bar("failures", "<=", 0)),
+        ("results_a_second", "p50_ms", "p99_ms", "failures", "enrolled", "server_cpu_ms_per_request"),
         ("server",),
         1.5,
         load,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from fwdllama.federation.signature import headers as signed_headers
@@ -51,8 +52,8 @@ class Identity:
 class Wire:
     """A connection, opened when needed and again when lost."""
 
-    def __init__(self, host: str, port: int, *, tls: ssl.SSLContext | None = None, answer_s: float = ANSWER_S) -> None:
-        self.host, self.port, self.tls, self.answer_s = host, port, tls, answer_s
+    def __init__(self, host: str, port: int, *, answer_s: float = ANSWER_S) -> None:
+        self.host, self.port, self.answer_s = host, port, answer_s
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def request(self, method: str, target: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Answer:
@@ -68,31 +69,66 @@ class Wire:
             async with asyncio.timeout(self.answer_s):
                 return await self._exchange(data)
         except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
-            self.close()
+            await self.close(lost=True)
             raise Lost(f"{method} {target}: {type(error).__name__} {error}") from error
-        except BaseException:  # cancelled between request and answer: the connection cannot be used again
-            self.close()
+        except asyncio.CancelledError:  # between request and answer: the connection cannot be used again
+            await self.close(lost=True)
             raise
 
     async def _exchange(self, data: bytes) -> Answer:
         if self._streams is None or self._streams[0].at_eof():
-            self.close()
-            self._streams = await asyncio.open_connection(self.host, self.port, ssl=self.tls)
+            await self.close()
+            self._streams = await asyncio.open_connection(self.host, self.port)
         reader, writer = self._streams
         writer.write(data)
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         found = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
         body = await reader.readexactly(int(found.get("content-length", "0")))
         if found.get("connection") == "close":
-            self.close()
+            await self.close()
         return Answer(int(head[0].split(" ", 2)[1]), found, body, len(data))
 
     async def signed(self, identity: Identity, method: str, target: str, body: bytes = b"") -> Answer:
         """A device's request."""
         return await self.request(method, target, body, identity.signed(method, target, body))
 
-    def close(self) -> None:
-        """Let go of the connection."""
-        if self._streams is not None:
-            self._streams[1].close()
-            self._streams = None
+    async def close(self, *, lost: bool = False) -> None:
+        """Let go of the connection; of a lost one, without sending what still waits."""
+        if self._streams is None:
+            return
+        writer = self._streams[1]
+        self._streams = None
+        if lost:
+            writer.transport.abort()
+        writer.close()
+        with contextlib.suppress(OSError):  # the other side may be gone
+            await writer.wait_closed()
+
+    async def __aenter__(self) -> Wire:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+
+def asked(
+    host: str,
+    port: int,
+    method: str,
+    target: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+    *,
+    answer_s: float = ANSWER_S,
+) -> Answer:
+    """One request on a connection of its own.
+
+    Raises:
+        Lost: no answer came.
+    """
+
+    async def ask() -> Answer:
+        async with Wire(host, port, answer_s=answer_s) as wire:
+            return await wire.request(method, target, body, headers)
+
+    return asyncio.run(ask())
