@@ -109,11 +109,16 @@ def check_tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] |
     return certificate, key
 
 
-def serve(setting: Setting, context: Context, opened_socket: socket.socket) -> None:
-    """Serve until a signal comes; closes the database."""
+def settle() -> None:
+    """Set the interpreter up for serving: threads change places sooner, and what is loaded is not collected."""
     sys.setswitchinterval(SWITCH_S)
     gc.collect()
-    gc.freeze()  # what is loaded stays, and need not be looked at again with every collection
+    gc.freeze()
+
+
+def serve(setting: Setting, context: Context, opened_socket: socket.socket) -> None:
+    """Serve until a signal comes; closes the database."""
+    settle()
     journal.set_up(setting.log_format, sys.stderr)
     try:
         Server(setting, context).serve_on(opened_socket)

@@ -21,7 +21,7 @@ from types import FrameType
 
 from . import journal
 from .metrics import SHARED
-from .serving import GRACE_S, Server, Setting
+from .serving import GRACE_S, Server, Setting, settle
 
 log = logging.getLogger("fwdllama.server")
 SHORT_S = 5.0  # a worker that lives no longer has not worked
@@ -95,6 +95,7 @@ def _work(setting: Setting, listening: socket.socket) -> None:
     serving = Server(setting, context)
     threading.Thread(target=_follow, args=(serving,), daemon=True).start()
     try:
+        settle()
         serving.serve_on(listening)
     finally:
         context.store.close()
