@@ -27,6 +27,7 @@ from .wire import Answer, Identity, Lost, Wire, asked
 
 HOST = "127.0.0.1"
 START_S, STOP_S = 60.0, 40.0
+MOST_STARTS = 10
 ENROLLING = 32  # at once
 SPAWNED = "spawn_main"  # in the command line of a worker that a supervisor started
 
@@ -82,7 +83,7 @@ class Aggregator:
         if self._process.poll() is not None:
             return []
         first = psutil.Process(self._process.pid)
-        return [first] if self.n_workers == 1 else [p for p in first.children() if SPAWNED in " ".join(p.cmdline())]
+        return [first] if self.n_workers == 1 else [p for p in first.children() if _spawned(p)]
 
     def kill(self) -> None:
         """End all its processes as a power cut would."""
@@ -99,9 +100,16 @@ class Aggregator:
 
     def restart(self) -> None:
         """Start it where it has ended, and wait until it answers; it ends too when its workers die faster than they start."""
-        if self._process.poll() is not None:
-            self._process = self._spawned()
-        self._wait()
+        for _ in range(MOST_STARTS):
+            if self._process.poll() is not None:
+                self._process = self._spawned()
+            try:
+                self._wait()
+                return
+            except BenchError:
+                if self._process.poll() is None:  # it runs and does not answer
+                    raise
+        raise BenchError(f"the aggregator ended {MOST_STARTS} times as soon as it started.")
 
     def rss_bytes(self) -> int:
         """Memory of all workers together."""
@@ -178,3 +186,11 @@ async def _enrolled(port: int, token: str, n: int) -> list[Identity]:
 
     await asyncio.gather(*(enrol(range(part, n, ENROLLING)) for part in range(min(ENROLLING, n))))
     return found
+
+
+def _spawned(process: psutil.Process) -> bool:
+    """Whether it is a worker; one that was killed and not yet waited for is none."""
+    try:
+        return SPAWNED in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
