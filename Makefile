@@ -33,7 +33,7 @@ check: setup ## Lint, check types and the architecture
 	@.venv/bin/lint-imports
 
 test: setup ## Run the fast tests
-	@$(PY) -m pytest -m "not model and not api and not browser and not postgresql" $(ARGS)
+	@$(PY) -m pytest -m "not model and not api and not service and not browser and not postgresql" $(ARGS)
 
 test-api: setup ## Test the aggregator's HTTP interface against its own description (a minute)
 	@$(PY) -m pytest -m api $(ARGS)
@@ -42,8 +42,8 @@ test-model: model ## Run the tests that need the small model (or the one in FWDL
 	@FWDLLAMA_MODEL="$${FWDLLAMA_MODEL:-$$($(PY) -c 'from fwdllama.models import resolve; print(resolve("$(MODEL)"))')}" \
 		$(PY) -m pytest -m model $(ARGS)
 
-test-services: setup ## Test the dashboard in Chromium and several workers on PostgreSQL (apt install chromium postgresql)
-	@$(PY) -m pytest -m "browser or postgresql" $(ARGS)
+test-services: setup ## Test servers and devices as processes, the dashboard in Chromium, workers on PostgreSQL (apt install chromium postgresql)
+	@$(PY) -m pytest -m "service or browser or postgresql" $(ARGS)
 
 .venv/.bench: .venv/.ready
 	@echo "Installing torch for the back-propagation baseline"

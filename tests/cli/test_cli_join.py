@@ -84,6 +84,7 @@ def test_a_device_enrols_works_and_goes_on_without_its_token(run: Run, serving: 
     assert [(device["name"], device["n_results"]) for device in devices] == [("phone", 2)]
 
 
+@pytest.mark.service
 def test_a_device_killed_at_any_moment_goes_on_and_nothing_is_counted_twice(
     serving: Serving, model: Path, data: Path, tmp_path: Path
 ) -> None:

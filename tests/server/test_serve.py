@@ -21,6 +21,8 @@ from fwdllama.federation.toy import toy_run
 
 from .commands import Served, invoked, refusal, served
 
+pytestmark = pytest.mark.service
+
 
 @pytest.fixture
 def aggregator(serving: Served) -> Served:

@@ -24,6 +24,8 @@ from fwdllama_eval.bench.measure import Bench, BenchError
 
 from fwdllama.federation.toy import toy_run
 
+pytestmark = pytest.mark.service
+
 ROUND = {"probes": 40, "most": 40, "probes_per_task": 10}
 
 
