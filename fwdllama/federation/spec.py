@@ -88,7 +88,8 @@ class RunSpec(Section):
             least = 1 / self.round.copies
             raise ValueError(f"trim {self.aggregation.trim:g} of {self.round.copies} copies drops none; it must be at least {least:.3g}")
         if self.round.staleness and self.round.copies > 1:
-            raise ValueError(f"staleness {self.round.staleness} and copies {self.round.copies} exclude each other: a slot that lacks copies cannot wait")
+            given = f"staleness {self.round.staleness} and copies {self.round.copies}"
+            raise ValueError(f"{given} exclude each other: a slot that lacks copies cannot wait")
         if self.train.budget.seconds is not None:
             raise ValueError("budget.seconds has no meaning in a federated run; give steps (rounds) or probes")
         if self.train.budget.patience is not None:
