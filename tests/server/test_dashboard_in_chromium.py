@@ -188,6 +188,7 @@ def test_ten_thousand_devices_are_paged_and_a_thousand_rounds_thinned(site: Site
     highest = min(float(y) for _, y in points)
     assert sum(float(y) == highest for _, y in points) == 1  # the one peak is not thinned away
     page.click("#run-charts figure:first-child summary")
+    page.wait_for_selector("#run-charts figure:first-child tbody tr:nth-child(1000)", state="attached")  # filled after it opened
     assert page.locator("#run-charts figure:first-child tbody tr").count() == 1000
     assert page.locator("#device-table tbody tr").count() == 25
     page.click(".pager >> text=Next")
