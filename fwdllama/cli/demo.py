@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
     def demo_command(
         folder: Annotated[
             Path, typer.Option(help="Where its files go; an earlier demo there is replaced.", metavar="FOLDER")
-        ] = Path("demo-run"),
+        ] = Path("demo-local-run"),
         model: Annotated[str, typer.Option(help="Another model, by name or path.", metavar="MODEL")] = MODEL,
         seconds: Annotated[float, typer.Option(help="Seconds of training.", metavar="S")] = SECONDS,
         steps: o.Steps = None,

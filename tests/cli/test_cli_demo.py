@@ -20,22 +20,22 @@ def test_demo_trains_scores_shows_answers_and_reports(run: Run) -> None:
     assert result.code == 0, result.err
     for heading in ("question", "base", "tuned", "truth", "before", "after", "3 questions of almanac-dev.json"):
         assert heading in result.out
-    assert "report   demo-run/report.html" in result.out
-    assert "fwdllama resume demo-run/run" in result.err
-    assert (Path("demo-run") / "adapter.gguf").exists()
-    assert "almanac-train.json" in Path("demo-run/report.html").read_text()
+    assert "report   demo-local-run/report.html" in result.out
+    assert "fwdllama resume demo-local-run/run" in result.err
+    assert (Path("demo-local-run") / "adapter.gguf").exists()
+    assert "almanac-train.json" in Path("demo-local-run/report.html").read_text()
     again = run("demo-local", *small, "--json")
     assert again.json["steps"] == 1, "an earlier demo is replaced"
     assert again.json["scores"]["n_questions"] == 3
 
 
 def test_demo_without_the_model_says_how_to_get_it_and_leaves_an_earlier_one_alone(run: Run) -> None:
-    fresh_folder(Path("demo-run"))
-    (Path("demo-run") / "adapter.gguf").touch()
+    fresh_folder(Path("demo-local-run"))
+    (Path("demo-local-run") / "adapter.gguf").touch()
     result = run("demo-local")
     assert result.code == 1
     assert result.error.endswith("fetch it with: fwdllama model fetch smollm2-135m")
-    assert (Path("demo-run") / "adapter.gguf").exists()
+    assert (Path("demo-local-run") / "adapter.gguf").exists()
 
 
 def test_only_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
