@@ -21,7 +21,7 @@ setup: .venv/.ready ## Make .venv and compile llama.cpp into it (about 4 minutes
 model: setup ## Fetch and verify the small model (93 MB)
 	@$(FWDLLAMA) model fetch $(MODEL)
 
-demo: model ## Let an aggregator and two devices fine-tune the small model, before and after (6 minutes on 2 cores)
+demo: model ## Let an aggregator and two devices fine-tune the small model, before and after (3 minutes on 2 cores)
 	@$(FWDLLAMA) demo $(ARGS)
 
 demo-local: model ## Fine-tune the small model alone on the same questions (4 minutes on 2 cores)
