@@ -94,6 +94,11 @@ class BudgetConfig(Section):
     probes: Positive | None = None
     patience: Positive | None = None  # evaluations without a better held-out loss
 
+    def fraction(self, n_steps: int, n_probes: int, elapsed_s: float = 0.0) -> float:
+        """How much of the tightest budget is used, 0 to 1; federated runs, whose steps are rounds, have none in seconds."""
+        spent = ((elapsed_s, self.seconds), (n_steps, self.steps), (n_probes, self.probes))
+        return min(1.0, max((used / limit for used, limit in spent if limit is not None), default=0.0))
+
     @model_validator(mode="after")
     def _some(self) -> Self:
         if self.seconds is None and self.steps is None and self.probes is None:

@@ -96,15 +96,8 @@ class Trainer:
 
     def fraction(self, at: State | None = None) -> float:
         """How much of the tightest budget is used, 0 to 1: now, or when the state is `at`."""
-        budget, state = self.config.budget, at or self.state
-        used = [0.0]
-        if budget.seconds is not None:
-            used.append(self._elapsed() / budget.seconds)
-        if budget.steps is not None:
-            used.append(state.step / budget.steps)
-        if budget.probes is not None:
-            used.append(state.n_probes / budget.probes)
-        return min(1.0, max(used))
+        state = at or self.state
+        return self.config.budget.fraction(state.step, state.n_probes, self._elapsed())
 
     def _spent(self) -> str | None:
         patience = self.config.budget.patience

@@ -64,7 +64,7 @@ def check_in(connection: Connection, registry: Registry, run: Open, device: str,
     current = _let_go(connection, registry, run, current, held, now)  # of versions before this one, where results may be late
     slot = free_slot(current, spec.round, device, now)
     if slot is None:
-        return _wait(wait_s(current, spec.round, now), n_active, f"all probes of round {version} are given out")
+        return _wait(wait_s(current, now), n_active, f"all probes of round {version} are given out")
     seeds = slot_seeds(registry, connection, run, version, slot)
     lease = _leased(connection, run, device, "train", slot, now)
     marked(connection, registry, run, current.with_lease(lease))

@@ -33,7 +33,7 @@ def rolled_back(connection: Connection, registry: Registry, run: Open, version: 
         connection,
         run.id,
         version=latest + 1,
-        wanted=0 if run.fraction(latest + 1, int(row.n_probes)) >= 1.0 else aggregate.wanted([], run.spec),
+        wanted=0 if run.spec.train.budget.fraction(latest + 1, int(row.n_probes)) >= 1.0 else aggregate.wanted([], run.spec),
         opened_at=now,
         deadline=now + run.spec.round.deadline_s,
         extensions=0,

@@ -169,11 +169,11 @@ def decide(current: Round, config: RoundConfig, now: float) -> Decision:
     return "extend" if current.extensions < config.extensions else "abandon"
 
 
-def wait_s(current: Round, config: RoundConfig, now: float) -> float:
+def wait_s(current: Round, now: float) -> float:
     """How long a device without a task should wait at least: a part of what a task takes, or until the first lease passes."""
-    took = [lease.until - config.lease_s for lease in current.leases if lease.active(now)]
-    if not took:
+    at_work = [lease for lease in current.leases if lease.active(now)]
+    if not at_work:
         return 0.2
-    running = now - min(took)  # seconds that the oldest open task has taken so far
-    ends = min(lease.until for lease in current.leases if lease.active(now)) - now
+    running = now - min(lease.leased_at for lease in at_work)  # seconds that the oldest open task has taken so far
+    ends = min(lease.until for lease in at_work) - now
     return float(min(max(0.2, running / 4), max(0.2, ends), 30.0))

@@ -61,16 +61,6 @@ class Open:
         """Whether the budget is used up, so that only the last evaluation is missing."""
         return int(self.row.wanted) == 0
 
-    def fraction(self, version: int, n_probes: int) -> float:
-        """How much of the tightest budget is used, 0 to 1."""
-        budget = self.spec.train.budget
-        used = [0.0]
-        if budget.steps is not None:
-            used.append(version / budget.steps)
-        if budget.probes is not None:
-            used.append(n_probes / budget.probes)
-        return min(1.0, max(used))
-
 
 def run_named(connection: Connection, registry: Registry, named: str) -> Open:
     """A run by id or name.
@@ -161,7 +151,7 @@ def close(connection: Connection, registry: Registry, run: Open, current: Round,
     row, spec = run.row, run.spec
     merging = contributions(connection, registry, run, current)
     learner = aggregate.Learner(row.mean_square, int(row.n_probes))
-    merged = aggregate.merge(merging, spec, learner, current.number, run.fraction(current.number, learner.n_probes))
+    merged = aggregate.merge(merging, spec, learner, current.number, spec.train.budget.fraction(current.number, learner.n_probes))
     held = registry.held(connection, run.id, current.number)
     theta = replay(held.theta, [merged.entry])
     digest, hashed = append(connection, row, merged.entry, theta, now, _facts(run, current, merging, merged, now))
@@ -178,7 +168,7 @@ def close(connection: Connection, registry: Registry, run: Open, current: Round,
         loss=merged.loss,
     )
     version, n_probes = current.number + 1, merged.learner.n_probes
-    done = run.fraction(version, n_probes) >= 1.0
+    done = spec.train.budget.fraction(version, n_probes) >= 1.0
     change(
         connection,
         run.id,

@@ -11,10 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fwdllama.cli.live import sparkline
+from fwdllama.cli.live import N_LOSSES, sparkline
 from fwdllama.formats import clock, number
-
-N_LOSSES = 40  # of the sparkline
 
 
 class Watch:
@@ -31,9 +29,6 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -301,4 +301,4 @@ def test_what_is_derived_from_leases_follows_every_change() -> None:
     assert dict(current.slots) == dict(again.slots)
     assert dict(current.counted) == dict(again.counted) == {(3, 2): 1}
     assert n_leased(current, CONFIG, 1.0) == 30
-    assert wait_s(current, CONFIG, 4.0) == 1.0
+    assert wait_s(current, 4.0) == 1.0
