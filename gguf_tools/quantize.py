@@ -64,7 +64,7 @@ def quantize_model(
     if recipe.imatrix is not None:
         check_importance(importance, info, str(recipe.imatrix))
     overrides = tensor_overrides(recipe, info, frozenset(importance))
-    return run_quantizer(
+    return _run(
         source, target, f"cannot be quantised to {ftype.name.removeprefix('MOSTLY_').removeprefix('ALL_')}",
         progress=progress, force=force, ftype=int(ftype), allow_requantize=allow_requantize, nthread=n_threads or 0,
         pure=recipe.pure, **_overrides(overrides), **_importance(importance),
@@ -95,7 +95,7 @@ def _importance(values: Importance) -> dict[str, Any]:
     return {"imatrix": entries}
 
 
-def run_quantizer(
+def _run(
     source: Path_, target: Path_, what: str, *, progress: Progress | None = None, force: bool = False, **options: Any
 ) -> ModelInfo:
     """Run llama_model_quantize with `options` set in its parameters; `what` begins the sentence of its failure."""

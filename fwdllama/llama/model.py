@@ -27,10 +27,13 @@ class ModelOptions:
 
 
 class Model:
-    """Weights and vocabulary. Use as a context manager; contexts and adapters must be closed before it."""
+    """Weights and vocabulary. Use as a context manager; contexts and adapters must be closed before it.
 
-    def __init__(self, path: Path, options: ModelOptions = ModelOptions()) -> None:
-        self.info: ModelInfo = read_model_info(path)
+    Without `needs_vocabulary` it may be a part of a model that has none: it computes with token ids or layer inputs, and refuses text.
+    """
+
+    def __init__(self, path: Path, options: ModelOptions = ModelOptions(), *, needs_vocabulary: bool = True) -> None:
+        self.info: ModelInfo = read_model_info(path, needs_vocabulary=needs_vocabulary)
         self.options = options
         lib = llama()
         parameters = lib.llama_model_default_params()
@@ -50,6 +53,7 @@ class Model:
                 "only those keep a prompt's KV cache apart from the answer."
             )
         self.vocab = lib.llama_model_get_vocab(self.handle)
+        self.has_texts: bool = lib.llama_vocab_type(self.vocab) != lib.LLAMA_VOCAB_TYPE_NONE
         self._controls: dict[int, bool] = {}  # asking for the text of every token of a data set would take as long as tokenising it
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
         self.n_embd: int = lib.llama_model_n_embd(self.handle)
@@ -62,6 +66,7 @@ class Model:
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Tokens of `text`, without BOS. Control tokens are recognised only where `special`."""
+        self._check_texts()
         raw = text.encode()
         tokens = (llama().llama_token * (len(raw) + 8))()
         n = llama().llama_tokenize(self.vocab, raw, len(raw), tokens, len(tokens), False, special)
@@ -75,9 +80,15 @@ class Model:
 
     def piece(self, token: int) -> bytes:
         """The bytes that `token` stands for; empty for control tokens."""
+        self._check_texts()
         room = ctypes.create_string_buffer(256)
         n = llama().llama_token_to_piece(self.vocab, token, room, len(room), 0, False)
         return room.raw[: max(n, 0)]
+
+    def _check_texts(self) -> None:
+        """Refuse what llama.cpp would end the process for."""
+        if not self.has_texts:
+            raise ModelError(f"{self.info.path}: is a part without vocabulary, which knows no texts of tokens; use the whole model for them.")
 
     def is_control(self, token: int) -> bool:
         """Whether `token` stands for no text."""
