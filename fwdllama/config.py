@@ -117,6 +117,8 @@ class EngineConfig(Section):
     n_gpu_layers: Annotated[int, Field(ge=0)] = 0
     n_batch: Positive = 512
     trunk: bool = True  # compute the layers below the first trained one once an example
+    stage_layers: Positive | None = None  # so many of those layers are in memory at a time, before training; None: all, beside the trained ones
+    states: Literal["f32", "f16"] | None = None  # what enters the first trained layer; None: f16 where it is kept on disk
 
 
 class TrainConfig(Section):
@@ -132,8 +134,20 @@ class TrainConfig(Section):
     budget: BudgetConfig
     engine: EngineConfig = EngineConfig()
 
+    @property
+    def fewest_rounds(self) -> int:
+        """Directions for each group of examples that a step has at least."""
+        return self.estimator.rounds if self.pacing.kind == "fixed" else min(4, self.pacing.max_rounds)
+
+    @property
+    def half(self) -> bool:
+        """Whether what enters the first trained layer is rounded to half precision."""
+        return (self.engine.states or ("f32" if self.engine.stage_layers is None else "f16")) == "f16"
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.engine.stage_layers is not None and not (self.engine.trunk and self.estimator.objective == "nll"):
+            raise ValueError("stage_layers needs the trunk and objective nll: only then are lower layers computed before training")
         if self.estimator.examples_per_probe > self.batch.units * self.batch.per_unit:
             most = self.batch.units * self.batch.per_unit
             raise ValueError(f"examples_per_probe {self.estimator.examples_per_probe} exceeds the {most} examples of a batch (units x per_unit)")

@@ -126,7 +126,7 @@ class Trainer:
         pacing, rounds = self.config.pacing, self.config.estimator.rounds
         if pacing.kind == "fixed":
             return Fixed(rounds * n_groups)
-        return VarianceGate(pacing.tau, min(4, pacing.max_rounds) * n_groups, pacing.max_rounds * n_groups)
+        return VarianceGate(pacing.tau, self.config.fewest_rounds * n_groups, pacing.max_rounds * n_groups)
 
     def _step(self) -> bool:
         """One step; False when it was interrupted before anything of it was recorded."""

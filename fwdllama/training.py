@@ -9,8 +9,10 @@ from fwdllama.calibration import Calibration
 from fwdllama.checkpoint import RunDirectory, check_unused, read_facts
 from fwdllama.config import TrainConfig, read_config
 from fwdllama.errors import RunError
+from fwdllama.hooks import Hooks
+from fwdllama.material import Source
 from fwdllama.models import default_cache_dir
-from fwdllama.session import Hooks, Outcome, Source, opened, settings_of
+from fwdllama.session import Outcome, opened, settings_of
 from fwdllama.surroundings import check_output, check_writable, environment
 from gguf_tools.adapter import adapter_bytes, read_adapter
 from gguf_tools.model import file_sha256

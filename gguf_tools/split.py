@@ -34,7 +34,7 @@ Path_ = str | os.PathLike[str]
 Vocabulary = Literal["kept", "none"]
 
 _EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
-_N_TOKENS = 32  # of a part that is fed no tokens and gives no logits; llama.cpp wants embeddings
+N_UNNAMED = 32  # of a part that is fed no tokens and gives no logits; llama.cpp wants embeddings
 _PIECE_BYTES = 1 << 22
 # After how many layers an architecture repeats itself (sliding windows, layers without rotation): only a multiple of
 # that can be cut off the front without changing what the remaining layers compute. Architectures not listed are not
@@ -86,9 +86,8 @@ def extract_layers(
     """Write a model of layers `first` to `last` - 1 alone, numbered from 0, unchanged, with embeddings and output.
 
     Fed the values that enter layer `first`, the layers up to the end give the logits of the whole model. With `vocabulary` "none" the part
-    has no tokenizer, and of the two matrices as large as the vocabulary only what it computes with: embeddings where it begins at layer 0,
-    and so is fed token ids, the output where it ends at the last layer. Any other is fed values and gives those that leave its last layer;
-    its logits, of 32 tokens, mean nothing. Such parts are read with `read_model_info(..., needs_vocabulary=False)`.
+    has no tokenizer and is fed values, also at layer 0, so of the two matrices as large as the vocabulary it has the output only, and that only
+    where it ends at the last layer. Any other gives the values that leave its last layer; its logits, of 32 tokens, mean nothing. Such parts are read with `read_model_info(..., needs_vocabulary=False)`.
 
     Raises:
         FileError: there are no such layers, they would not compute the same in another place, or `target` cannot be written.
@@ -128,13 +127,13 @@ def _part(source: Path_, first: int, last: int, vocabulary: Vocabulary) -> _Part
         }
         if vocabulary == "kept":
             return _Part(source, metadata_of(header, instead=instead), tensors, info.n_embd)
-        _reduce(tensors, embeds=first == 0, concludes=last == info.n_layers)
+        _reduce(tensors, concludes=last == info.n_layers)
         size_key = f"{info.architecture}.vocab_size"
         own = {size_key, *(key for key in header.values if key.startswith("tokenizer."))}
         writer = metadata_of(header, own, instead)
         writer.add_tokenizer_model(NO_VOCABULARY)
         embeddings = tensors[_EMBEDDINGS]
-        writer.add_uint32(size_key, _N_TOKENS if embeddings is None else embeddings.shape[0])
+        writer.add_uint32(size_key, N_UNNAMED if embeddings is None else embeddings.shape[0])
         return _Part(source, writer, tensors, info.n_embd)
 
 
@@ -147,17 +146,14 @@ def _moved(name: str, first: int, last: int) -> str | None:
     return f"blk.{int(number) - first}.{module}" if first <= int(number) < last else None
 
 
-def _reduce(tensors: dict[str, TensorEntry | None], *, embeds: bool, concludes: bool) -> None:
+def _reduce(tensors: dict[str, TensorEntry | None], *, concludes: bool) -> None:
     """Leave what a part without vocabulary computes with. Where there is no output, llama.cpp takes the embeddings for it."""
-    if embeds and concludes:
-        return
     output = tensors.pop(_OUTPUT, None)
     if concludes:
         tensors[_EMBEDDINGS] = output or tensors[_EMBEDDINGS]
         return
     tensors.pop("output.bias", None)  # a value for each token
-    if not embeds:
-        tensors[_EMBEDDINGS] = None
+    tensors[_EMBEDDINGS] = None
 
 
 def _write(part: _Part, temporary: Path, target: Path_, progress: Progress | None) -> None:
@@ -169,7 +165,7 @@ def _write(part: _Part, temporary: Path, target: Path_, progress: Progress | Non
         except OSError as error:
             raise _unreadable(part.source, error) from error
         tensors = [
-            OutTensor(name, (_N_TOKENS, part.n_embd), GGMLQuantizationType.F32, partial(_zeros, part.n_embd))
+            OutTensor(name, (N_UNNAMED, part.n_embd), GGMLQuantizationType.F32, partial(_zeros, part.n_embd))
             if entry is None
             else OutTensor(name, entry.shape, entry.type, partial(_copied, part.source, file, entry, buffer))
             for name, entry in part.tensors.items()
@@ -182,7 +178,7 @@ def _write(part: _Part, temporary: Path, target: Path_, progress: Progress | Non
 
 
 def _zeros(n_embd: int) -> Iterator[NDArray[Any]]:
-    yield np.zeros((_N_TOKENS, n_embd), np.float32)
+    yield np.zeros((N_UNNAMED, n_embd), np.float32)
 
 
 def _copied(source: Path_, file: FileIO, entry: TensorEntry, buffer: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
@@ -279,3 +275,19 @@ def _per_layer_keys(header: Header, info: ModelInfo) -> list[str]:
         if key.removeprefix(prefix) not in _PER_LAYER:
             raise FileError(f"{header.label}: {key} has a value for each layer, or merely as many; whether to cut it to a part is not known.")
     return found
+
+
+def slices(info: ModelInfo, first: int, n_layers: int) -> tuple[int, ...]:
+    """Where the layers below `first` are cut into slices of at most `n_layers`, or of as few as the architecture allows: 0, ..., `first`.
+
+    Raises:
+        FileError: no part of this model can begin at `first`.
+    """
+    places = [layer for layer in range(1, first + 1) if can_be_cut(info, layer)]
+    if not places or places[-1] != first:
+        raise FileError(f"{info.path}: no part of this {info.architecture} model can begin at layer {first}, so what is below it cannot be computed apart.")
+    found = [0]
+    while found[-1] < first:
+        reach = [place for place in places if found[-1] < place <= found[-1] + n_layers]
+        found.append(reach[-1] if reach else next(place for place in places if place > found[-1]))
+    return tuple(found)

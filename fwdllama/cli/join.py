@@ -74,8 +74,8 @@ def register(app: typer.Typer) -> None:
         from fwdllama.federation.connection import checked_url, read_token
         from fwdllama.federation.guard import Guard
         from fwdllama.federation.work import Workplace
+        from fwdllama.material import Source
         from fwdllama.models import resolve
-        from fwdllama.session import Source
 
         if token is not None and token_file is not None:
             raise UsageError("--token (or FWDLLAMA_TOKEN) and --token-file were both given; give one.")
@@ -116,8 +116,8 @@ def take_part(wanted: Wanted, place: Workplace, guard: Guard, *, as_json: bool) 
     from fwdllama.federation.device import Device, Listener, Status
     from fwdllama.federation.identity import Identity
     from fwdllama.federation.store import FolderStore, default_folder
+    from fwdllama.hooks import Hooks
     from fwdllama.models import default_cache_dir
-    from fwdllama.session import Hooks
     from gguf_tools.model import file_sha256
 
     n_examples = len(place.source.load().examples)  # a mistake in the file is told before anybody is asked

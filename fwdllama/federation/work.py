@@ -16,8 +16,10 @@ from fwdllama.errors import AdapterError, FederationError
 from fwdllama.federation.origin import origin_of
 from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.worker import OracleWorker
+from fwdllama.hooks import Hooks
 from fwdllama.layout import space_of
-from fwdllama.session import Hooks, Source, opened
+from fwdllama.material import Source
+from fwdllama.session import opened
 from gguf_tools.model import read_model_info
 from gguf_tools.validate import check_adapter
 

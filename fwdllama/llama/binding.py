@@ -40,6 +40,7 @@ _GGML_SYMBOLS = {
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_buffer_is_host": (ctypes.c_bool, [ctypes.c_void_p]),
+    "ggml_get_type_traits": (ctypes.c_void_p, [ctypes.c_int]),
 }
 
 # llama.cpp's own log level -> ours. 5 means "continues the line before".
@@ -64,6 +65,20 @@ class TensorHead(ctypes.Structure):
         ("name", ctypes.c_char * 64),
         ("extra", ctypes.c_void_p),
         ("padding", ctypes.c_char * 8),
+    )
+
+
+class TypeTraits(ctypes.Structure):
+    """Mirror of `struct ggml_type_traits` (ggml.h). Its name and sizes must be compared with what is known of the type."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
     )
 
 

@@ -18,7 +18,7 @@ from fwdllama.llama.adapter import LoadedAdapter, Writing
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
 from fwdllama.llama.prompts import fill
-from fwdllama.llama.trunk import Trunk
+from fwdllama.llama.trunk import Below
 from fwdllama.loss import choice_nll, token_nll
 from fwdllama.oracle import Losses
 from fwdllama.space import Space
@@ -76,7 +76,7 @@ class LlamaOracle:
         scope: Scope,
         options: ContextOptions,
         *,
-        trunk: Trunk | None = None,
+        trunk: Below | None = None,
         writing: Writing | None = None,
     ) -> None:
         """`model` is the whole model, or with a `trunk` the top that belongs to it; names in `space` are the whole model's."""
@@ -104,12 +104,12 @@ class LlamaOracle:
     @property
     def decode_s(self) -> float:
         """Seconds spent inside llama_decode so far."""
-        return self.context.decode_s + (self.trunk.context.decode_s if self.trunk else 0.0)
+        return self.context.decode_s + (self.trunk.decode_s if self.trunk else 0.0)
 
     @property
     def n_decoded(self) -> int:
         """Tokens decoded so far; those that only the trunk or only the top computed count as one each."""
-        return self.context.n_decoded + (self.trunk.context.n_decoded if self.trunk else 0)
+        return self.context.n_decoded + (self.trunk.n_decoded if self.trunk else 0)
 
     def fits(self, example: Encoded) -> bool:
         """Whether the example fits a sequence."""

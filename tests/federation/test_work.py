@@ -19,7 +19,9 @@ from fwdllama.federation.message import EvaluateResult, Task, TrainResult, theta
 from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.work import Workplace
 from fwdllama.federation.worker import short
-from fwdllama.session import Hooks, Source, opened
+from fwdllama.hooks import Hooks
+from fwdllama.material import Source
+from fwdllama.session import opened
 from gguf_tools.adapter import Adapter, adapter_bytes
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256

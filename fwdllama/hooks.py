@@ -1,0 +1,19 @@
+"""What a caller hears of a run that goes on, and how it ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fwdllama.llama.staging import Staged
+from fwdllama.trainer import Progress
+
+
+@dataclass
+class Hooks:
+    """What a caller wants to hear of and may do while a run goes on."""
+
+    on_event: Callable[[str], None] = lambda text: None  # one line about set-up
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    on_staged: Callable[[Staged], None] = lambda staged: None  # while lower layers are computed before training
+    stop: Callable[[], bool] = lambda: False
