@@ -44,9 +44,9 @@ _PERIODS = {"llama": 1, "qwen2": 1, "qwen3": 1, "gemma": 1, "gemma2": 2, "gemma3
 _SCALED = ("gemma", "gemma2")
 # llama.cpp scales attention differently for the model of this many layers, and would not for a part of it.
 _SPECIAL_DEPTHS = {"gemma2": 46, "gemma3": 62}
-_WINDOWS = "attention.sliding_window_pattern"
-# What may be given for each layer, and then can be for some.
-_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "expert_used_count", _WINDOWS)
+# What may be given for each layer, and then can be for some. Not which layers have a sliding window: llama.cpp ends the process for a
+# model of these architectures where none has.
+_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "expert_used_count")
 
 
 def split_model(
@@ -251,10 +251,8 @@ def _period(header: Header, info: ModelInfo) -> int:
         )
     if info.n_layers == _SPECIAL_DEPTHS.get(architecture):
         raise FileError(f"{header.label}: a {architecture} model of {info.n_layers} layers computes differently in part.")
-    given = _per_layer_keys(header, info)
-    pattern = f"{architecture}.{_WINDOWS}"
-    if pattern in given:
-        return 1
+    _per_layer_keys(header, info)
+    pattern = f"{architecture}.attention.sliding_window_pattern"
     if period > 1 and pattern in header.values:
         period = header.number(pattern) or 1
     return period
@@ -264,7 +262,7 @@ def _per_layer_keys(header: Header, info: ModelInfo) -> list[str]:
     """Metadata with a value for each layer.
 
     Raises:
-        FileError: there is an array as long that is not known to be of the layers.
+        FileError: there is another array as long, of the layers or not.
     """
     prefix = f"{info.architecture}."
     found = [
@@ -273,7 +271,7 @@ def _per_layer_keys(header: Header, info: ModelInfo) -> list[str]:
     ]  # fmt: skip
     for key in found:
         if key.removeprefix(prefix) not in _PER_LAYER:
-            raise FileError(f"{header.label}: {key} has a value for each layer, or merely as many; whether to cut it to a part is not known.")
+            raise FileError(f"{header.label}: {key} has a value for each layer, or merely as many, and cannot be cut to a part.")
     return found
 
 
