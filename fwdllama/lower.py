@@ -38,12 +38,17 @@ def parts_of(config: TrainConfig, model_path: Path, sha256: str, first: int) -> 
         return None
     staged = engine.stage_layers is not None
     if staged and first == 0:
-        raise UsageError(f"{model_path}: training begins at layer 0, so there is nothing below to compute before it; train higher --layers, or without --stage-layers.")
+        raise UsageError(
+            f"{model_path}: training begins at layer 0, so there is nothing below to compute before it; train higher --layers, "
+            "or leave --stage-layers out."
+        )
     if staged:
         slices(read_model_info(model_path), first, first)
     parts = cut(model_path, sha256, first, default_cache_dir(), trunk=not staged)
     if staged and parts is None:
-        raise EngineError(f"{model_path} cannot be cut at layer {first} with this build of llama.cpp or in this cache folder, so training cannot be staged.")
+        raise EngineError(
+            f"{model_path} cannot be cut at layer {first} with this build of llama.cpp or in this cache folder, so training cannot be staged."
+        )
     return parts
 
 
@@ -111,8 +116,9 @@ def most_steps(budget: BudgetConfig, rounds: int, n_slots: int, examples_per_pro
     """The most steps that fit a budget, None where that cannot be told; a step has `rounds` probes of every group of its examples, of which
     there is at least one for so many of the `n_slots` units' first examples.
 
-    >>> most_steps(BudgetConfig(probes=100), 8, 8, 4), most_steps(BudgetConfig(steps=9, probes=1000), 8, 8, 4), most_steps(BudgetConfig(seconds=9), 8, 8, 4)
-    (7, 9, None)
+    >>> budgets = BudgetConfig(probes=100), BudgetConfig(steps=9, probes=1000), BudgetConfig(seconds=9)
+    >>> [most_steps(budget, rounds=8, n_slots=8, examples_per_probe=4) for budget in budgets]
+    [7, 9, None]
     """
     n_probes = rounds * -(-n_slots // examples_per_probe)
     limits = [] if budget.steps is None else [budget.steps]

@@ -7,6 +7,7 @@ llama.cpp holds comes from `gguf_tools.plan`; here is what surrounds it, and whi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fwdllama.config import TrainConfig
 from fwdllama.layout import space_of
@@ -151,7 +152,7 @@ def training(info: ModelInfo, config: TrainConfig, shape: Shape) -> Plan:
         held += _lower(info, config, options, shape, 0, first)
     elif cut:
         bounds = slices(info, first, engine.stage_layers or first)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             phases.append(Phase(f"layers {begin} to {end - 1}", (*start, *_lower(info, config, options, shape, begin, end))))
     if config.space.init == "activation":
         looking = context_of(replace(options, n_seq=1, n_outputs=1), top, label)

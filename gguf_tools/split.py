@@ -86,8 +86,9 @@ def extract_layers(
     """Write a model of layers `first` to `last` - 1 alone, numbered from 0, unchanged, with embeddings and output.
 
     Fed the values that enter layer `first`, the layers up to the end give the logits of the whole model. With `vocabulary` "none" the part
-    has no tokenizer and is fed values, also at layer 0, so of the two matrices as large as the vocabulary it has the output only, and that only
-    where it ends at the last layer. Any other gives the values that leave its last layer; its logits, of 32 tokens, mean nothing. Such parts are read with `read_model_info(..., needs_vocabulary=False)`.
+    has no tokenizer and is fed values, also at layer 0, so of the two matrices as large as the vocabulary it has the output only, and that
+    only where it ends at the last layer. Any other gives the values that leave its last layer; its logits, of 32 tokens, mean nothing. Such
+    parts are read with `read_model_info(..., needs_vocabulary=False)`.
 
     Raises:
         FileError: there are no such layers, they would not compute the same in another place, or `target` cannot be written.
@@ -283,7 +284,7 @@ def slices(info: ModelInfo, first: int, n_layers: int) -> tuple[int, ...]:
     """
     places = [layer for layer in range(1, first + 1) if can_be_cut(info, layer)]
     if not places or places[-1] != first:
-        raise FileError(f"{info.path}: no part of this {info.architecture} model can begin at layer {first}, so what is below it cannot be computed apart.")
+        raise FileError(f"{info.path}: no part of this {info.architecture} model can begin at layer {first}, so what is below cannot be staged.")
     found = [0]
     while found[-1] < first:
         reach = [place for place in places if found[-1] < place <= found[-1] + n_layers]

@@ -21,6 +21,7 @@ from fwdllama.formats import clock, number, percent, size
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig
+    from fwdllama.llama.staging import Staged
     from fwdllama.trainer import Progress
 
 INTERVAL_S = 0.25
@@ -45,6 +46,7 @@ class Display:
         self._begun_s: float | None = None
         self._live: Live | None = None
         self._last: Progress | None = None
+        self._slice = -1  # the last layer of the slice that was last spoken of
 
     def __enter__(self) -> Display:
         return self
@@ -61,6 +63,19 @@ class Display:
     def event(self, text: str) -> None:
         """A line about something that happened once."""
         self.console.print(Text(text), soft_wrap=True)
+
+    def staged(self, staged: Staged) -> None:
+        """Called for every unit that a slice of the lower layers is through with."""
+        now = self.now()
+        left = staged.elapsed_s * (1 - staged.done) / staged.done
+        text = f"layers {staged.first} to {staged.last - 1} of {staged.of}: {percent(staged.done)} of the first pass, {clock(left)} left"
+        if not self.console.is_terminal:
+            if staged.last != self._slice:
+                self._slice = staged.last
+                self.console.print(Text(text), soft_wrap=True)
+        elif now >= self._next_s or staged.done == 1:
+            self._next_s = now + INTERVAL_S
+            self.console.print(Text(text), end="\n" if staged.done == 1 else "\r", soft_wrap=True)
 
     def progress(self, progress: Progress) -> None:
         """Called for every probe, and with metrics for every step."""

@@ -180,7 +180,7 @@ def stoppable(run_path: Path, budget: BudgetConfig) -> Iterator[Hooks]:
             display.progress(at)
 
         try:
-            yield Hooks(display.event, progress, interrupt.stop)
+            yield Hooks(display.event, progress, display.staged, interrupt.stop)
         except KeyboardInterrupt:
             if (run_path / "run.json").exists():
                 display.event(f"ended; go on from the last whole step with: fwdllama resume {run_path}")

@@ -110,7 +110,8 @@ def llama() -> Any:
 @functools.cache
 def _log_callback(llama_cpp: Any) -> Any:
     def write(level: int, text: bytes, _user_data: object) -> None:
-        engine_log.log(_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
+        expected = b"dummy tokens" in text  # a part without vocabulary has no others
+        engine_log.log(logging.DEBUG if expected else _LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
 
     return llama_cpp.llama_log_callback(write)
 

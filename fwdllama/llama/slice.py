@@ -86,7 +86,7 @@ class Slice:
         states = np.concatenate(self._seen) if self._seen else np.empty((0, 0), np.float32)
         self._seen = []
         if states.shape != inputs.shape:
-            raise EngineError(f"the values that leave the layers of {self.model.info.path} were not seen in the graph; use --no-trunk for this model.")
+            raise EngineError(f"the values that leave layers of {self.model.info.path} were not seen in the graph; use --no-trunk for this model.")
         return states
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Stage:
         n_tokens = sum(unit.n_tokens for unit in units)
         full, kept = (stored_bytes(n_tokens, info.n_embd, half=each) for each in (False, half))
         most = 0
-        for first, last in zip(self.boundaries, self.boundaries[1:], strict=False):
+        for first, last in pairwise(self.boundaries):
             before, after = full if first else 0, kept if last == self.boundaries[-1] else full
             most = max(most, before + after + _slice_bytes(info, first, last))
         return kept, most
@@ -85,7 +86,7 @@ class Stage:
         if most > free:
             raise ResourceError(
                 f"{store.folder} needs {size(most)} for what enters layer {store.first} of {sum(unit.n_tokens for unit in missing):,} tokens "
-                f"({size(kept)} of it to stay), but {size(free)} are free. Use fewer --steps or examples, or set FWDLLAMA_CACHE to a folder on a larger disk."
+                f"({size(kept)} of it to stay), but {size(free)} are free. Use fewer --steps, or set FWDLLAMA_CACHE to a folder on a larger disk."
             )
         name = hashlib.blake2b(b"".join(unit.key for unit in missing), digest_size=8).hexdigest()
 
@@ -95,7 +96,7 @@ class Stage:
         begun = time.monotonic()
         first = max((layer for layer in range(1, store.first) if _is_whole(store, name, layer, passage)), default=0)
         bounds = [first, *(layer for layer in self.boundaries if layer > first)]
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in pairwise(bounds):
             with ExitStack() as resources:
                 if first:
                     source = passage(first)
@@ -153,4 +154,4 @@ def _is_whole(store: StateStore, name: str, layer: int, passage: Callable[[int],
 
 
 def _slice_bytes(info: ModelInfo, first: int, last: int) -> int:
-    return Part.below(info, first, last).weight_bytes()
+    return Part.bare(info, first, last).weight_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from fwdllama.errors import ModelError
 from fwdllama.llama.binding import TensorHead, ggml
 from fwdllama.llama.context import Context, ContextOptions, Tokens
+from fwdllama.llama.embedding import Embeddings
 from fwdllama.llama.model import Model, ModelOptions
 from gguf_tools.model import read_model_info
 from gguf_tools.split import extract_layers
@@ -53,6 +55,11 @@ def computed(path: Path, inputs: Tokens | Values, *, repack: bool = True) -> tup
         return logits.copy(), [seen[f"l_out-{i}"] for i in range(model.n_layers)]
 
 
+def looked_up(path: Path, tokens: Tokens) -> Values:
+    with closing(Embeddings(path)) as embeddings:
+        return embeddings.rows(tokens)
+
+
 @pytest.mark.parametrize("repack", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
@@ -60,7 +67,7 @@ def test_parts_fed_one_by_one_are_the_whole_model_to_the_bit(kind: str, tied: bo
     whole = write_tiny_llama(tmp_path / "whole.gguf", type=kind, n_layers=N_LAYERS, tied=tied)
     wanted, leaving = computed(whole, TOKENS, repack=repack)
     for vocabulary in ("kept", "none"):
-        inputs: Tokens | Values = TOKENS
+        inputs: Tokens | Values = TOKENS if vocabulary == "kept" else looked_up(whole, TOKENS)
         for first, last in ((0, 2), (2, 3), (3, 4)):
             part = extract_layers(whole, tmp_path / "part.gguf", first, last, vocabulary="none" if first else vocabulary, force=True)
             _, within = computed(part.path, inputs, repack=repack)
@@ -113,7 +120,7 @@ def test_what_is_not_the_same_in_all_models_and_layers_goes_with_them(make: Call
     n_layers = read_model_info(path).n_layers
     tokens = TOKENS % 300
     wanted, leaving = computed(path, tokens)
-    _, lower = computed(extract_layers(path, tmp_path / "a.gguf", 0, at, vocabulary="none").path, tokens)
+    _, lower = computed(extract_layers(path, tmp_path / "a.gguf", 0, at, vocabulary="none").path, looked_up(path, tokens))
     _, upper = computed(extract_layers(path, tmp_path / "b.gguf", at, n_layers - 1, vocabulary="none").path, lower[-1])
     assert np.array_equal(upper[-1], leaving[-2])
     found, _ = computed(extract_layers(path, tmp_path / "c.gguf", at, n_layers, vocabulary="none").path, lower[-1])
