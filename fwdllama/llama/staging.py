@@ -70,8 +70,11 @@ class Stage:
         half: bool,
         on_progress: Callable[[Staged], None] = lambda staged: None,
         stop: Callable[[], bool] = lambda: False,
+        free_bytes: int | None = None,
     ) -> int:
         """Put what `store` lacks of `units` into it; returns the tokens that went through. What a stopped pass did is used by the next.
+
+        `free_bytes` is what may be written, None for all that the disk has.
 
         Raises:
             ResourceError: the disk has no room.
@@ -82,7 +85,7 @@ class Stage:
             return 0
         info = read_model_info(self.model)
         kept, most = self.needed_bytes(missing, half=half)
-        free = shutil.disk_usage(store.folder).free
+        free = shutil.disk_usage(store.folder).free if free_bytes is None else free_bytes
         if most > free:
             raise ResourceError(
                 f"{store.folder} needs {size(most)} for what enters layer {store.first} of {sum(unit.n_tokens for unit in missing):,} tokens "

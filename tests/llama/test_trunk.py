@@ -236,6 +236,6 @@ def test_a_model_that_cannot_be_cut_is_used_whole_and_the_log_says_why(
 
 def test_a_trunk_whose_values_are_not_seen_says_what_to_do(folder: Path) -> None:
     parts = parts_of(write_tiny_llama(folder / "unseen.gguf"), 1)
-    with closing(Slice(parts.trunk, OPTIONS, ModelOptions(), 1, layers=9)) as part:
-        with pytest.raises(EngineError, match=r"^the values that leave layers of .*gguf were not seen in the graph; use --no-trunk "):
-            part.passed([np.array([5, 6], np.int32)], [np.zeros((2, 64), np.float32)])
+    sentence = r"^the values that leave layers of .*gguf were not seen in the graph; use --no-trunk "
+    with closing(Slice(parts.trunk, OPTIONS, ModelOptions(), 1, layers=9)) as part, pytest.raises(EngineError, match=sentence):
+        part.passed([np.array([5, 6], np.int32)], [np.zeros((2, 64), np.float32)])
