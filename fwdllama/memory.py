@@ -74,12 +74,12 @@ class Shape:
     n_outputs: int = MIN_OUTPUTS
 
     @classmethod
-    def expected(cls, config: TrainConfig, n_ctx: int) -> Shape:
-        """As data with enough questions on each paragraph will have it; what is held out is whole paragraphs."""
+    def expected(cls, config: TrainConfig, n_ctx: int, unit_size: int | None = None) -> Shape:
+        """As data with `unit_size` questions on each paragraph will have it, None for enough of them; what is held out is whole paragraphs."""
         batch = config.batch
-        held_out = -(-batch.held_out // batch.per_unit) * batch.per_unit
-        n_seq = held_out + batch.units * batch.per_unit
-        return cls(n_ctx, n_seq, batch.per_unit, max(MIN_OUTPUTS, n_seq))
+        size = min(batch.per_unit, unit_size or batch.per_unit)
+        n_seq = -(-batch.held_out // size) * size + max(1, batch.units * batch.per_unit // size) * size
+        return cls(n_ctx, n_seq, size, max(MIN_OUTPUTS, n_seq))
 
 
 def engine_options(*, batch: int, n_ctx: int, n_threads: int, kv_type: str = "f16") -> ContextOptions:

@@ -188,7 +188,7 @@ def test_a_change_is_said_as_the_option_of_the_command_that_takes_it(wide: Path)
     other = replace(asked, mmap=True, repack=False, kv_type="q8_0", batch=2, held_out=8, from_layer=2)
     assert other.options(asked, info, "eval") == ["--mmap", "--no-repack", "--kv-type q8_0", "--batch 2"]
     assert other.options(asked, info, "train") == [
-        "--mmap", "--no-repack", "--kv-type q8_0", "--units 2 --fresh 2", "--held-out 8", "--layers 2-2",
+        "--mmap", "--no-repack", "--kv-type q8_0", "--units 2 --fresh 2", "--held-out 8", "--from-layer 2",
     ]  # fmt: skip
     assert asked.options(asked, info, "train") == []
     with pytest.raises(UsageError, match=r"--from-layer is 9, but .*wide.gguf has layers 0 to 3"):

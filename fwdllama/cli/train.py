@@ -11,10 +11,11 @@ import typer
 
 from fwdllama.cli import options as o
 from fwdllama.cli.summary import Wanted, check_output, conclude
+from fwdllama.errors import UsageError
 from fwdllama.types import Dataset
 
 if TYPE_CHECKING:
-    from fwdllama.config import BudgetConfig
+    from fwdllama.config import BudgetConfig, TrainConfig
     from fwdllama.trainer import Progress
     from fwdllama.training import Hooks, Outcome
 
@@ -52,6 +53,7 @@ def register(app: typer.Typer) -> None:
         template: o.Template = None,
         modules: o.Modules = None,
         layers: o.Layers = None,
+        from_layer: o.FromLayer = None,
         rank: o.Rank = None,
         alpha: o.Alpha = None,
         train: o.Train = None,
@@ -84,6 +86,9 @@ def register(app: typer.Typer) -> None:
         repack: o.Repack = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,
+        stage_layers: o.StageLayers = None,
+        states: o.States = None,
+        memory_budget: o.MemoryBudget = None,
         eval_data: EvalData = None,
         eval_limit: EvalLimit = None,
         report: Report = None,
@@ -154,9 +159,28 @@ def start(
     source = training.Source(data, None if kind == "auto" else kind, labels)
     path = resolve(model)
     run_path = run or out.with_name(f"{out.stem}-run")
+    if given.get("from_layer") is not None:
+        config = _from_layer(config, path, given)
     with stoppable(run_path, config.budget) as hooks:
+        if given.get("memory_budget") is not None:
+            from fwdllama.fitting import fitted
+
+            limit = o.memory_size(given["memory_budget"])
+            config = fitted(config, path, source, limit, kept=o.kept(given), on_event=hooks.on_event)
         outcome = training.train(config, path, source, run_path, out, hooks)
     end(run_path, outcome, wanted)
+
+
+def _from_layer(config: TrainConfig, model: Path, given: dict[str, Any]) -> TrainConfig:
+    from fwdllama.config import layer_band
+    from fwdllama.setting import layers_from
+    from gguf_tools.model import read_model_info
+
+    if given.get("layers") is not None:
+        raise UsageError("--layers and --from-layer were both given; give one.")
+    info = read_model_info(model)
+    layers = layers_from(info, given["from_layer"], layer_band(info.n_layers))
+    return config.model_copy(update={"space": config.space.model_copy(update={"layers": layers})})
 
 
 def end(run_path: Path, outcome: Outcome, wanted: Wanted) -> None:

@@ -119,7 +119,8 @@ def test_damage_is_told_with_what_to_do(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[3] ^= 16
     path.write_bytes(raw)
-    sentence = rf"^{re.escape(str(path))} is damaged; remove {re.escape(str(tmp_path / 's'))} and go on with `fwdllama resume`, which makes it anew\.$"
+    file, folder = re.escape(str(path)), re.escape(str(tmp_path / "s"))
+    sentence = rf"^{file} is damaged; remove {folder} and go on with `fwdllama resume`, which makes it anew\.$"
     with StateStore(tmp_path / "s", 5, N_EMBD, half=False) as store, pytest.raises(ResourceError, match=sentence):
         store.states(*unit(1).arrays)
 
