@@ -119,7 +119,7 @@ class Stage:
                 part = resources.enter_context(self._slice(store.folder, first, last))
                 for index in range(begin, len(missing)):
                     if stop():
-                        raise Stopped("stopped while the layers below the trained ones were computed; the same command goes on where it was")
+                        raise Stopped("Stopped while the layers below the trained ones were computed; the same command goes on where it was.")
                     if target is None and not store.missing([missing[index]]):
                         continue
                     left = part.passed(missing[index].arrays[0], read(index))
