@@ -6,9 +6,9 @@ Whatever can be refused is refused before the model is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class Hooks:
     on_event: Callable[[str], None] = lambda text: None  # one line about set-up
     on_progress: Callable[[Progress], None] = lambda progress: None
     stop: Callable[[], bool] = lambda: False
+    rest: Callable[[], None] = lambda: None  # between pieces of work: may wait as long as the device must
+    device: Mapping[str, Any] = field(default_factory=dict)  # how the device is treated, kept with the run for those who resume it
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,9 @@ class Session:
             n_tokens=lambda: self.oracle.n_decoded,
             peak_memory_bytes=peak_memory_bytes,
         )
+        hooks = self.hooks
         trainer = Trainer(
-            self.config, self.losses, self.batches, self.held_out, run, theta, clock, self.hooks.on_progress, self.hooks.stop
+            self.config, self.losses, self.batches, self.held_out, run, theta, clock, hooks.on_progress, hooks.stop, hooks.rest
         )
         state = trainer.run()
         skipped = {**self.left_out, **self.units.skipped}

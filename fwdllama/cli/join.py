@@ -14,8 +14,8 @@ from fwdllama.cli import options as o
 from fwdllama.errors import UsageError
 
 if TYPE_CHECKING:
-    from fwdllama.federation.guard import Guard
     from fwdllama.federation.work import Workplace
+    from fwdllama.guard import Guard
 
 DEVICE, LIMITS = "The device", "When it must not work"
 ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "gpu_layers", "trunk")
@@ -72,8 +72,8 @@ def register(app: typer.Typer) -> None:
         Ctrl-C stops, and the same command goes on. A lost network, sleep and restarts cost at most the task in progress.
         """
         from fwdllama.federation.connection import checked_url, read_token
-        from fwdllama.federation.guard import Guard
         from fwdllama.federation.work import Workplace
+        from fwdllama.guard import Guard
         from fwdllama.models import resolve
         from fwdllama.session import Source
 
