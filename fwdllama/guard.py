@@ -18,7 +18,7 @@ MIN_BATTERY = 0.3
 BATTERY_HOT_C = 45.0  # above it a lithium cell ages fast; phones themselves slow down or stop charging there
 MIN_MEMORY_BYTES = 64 << 20  # below it Android begins to kill
 BACK_BY = 0.05  # of charge, above the least, before work goes on: else a device at the border starts and stops
-SHARE = 50  # looking takes at most 1/50 of the time: asking Termux:API starts a process on a phone, and takes most of a second
+SLOW_S, SHARE = 0.1, 50  # asking Termux:API starts a process and may take most of a second; what is slow takes at most 1/50 of the time
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Guard:
         began = self.now()
         at = self.reading()
         ended = self.now()
-        return at, ended + max(self.every_s, SHARE * (ended - began))
+        took = ended - began
+        return at, ended + max(self.every_s, SHARE * took if took > SLOW_S else 0.0)
 
     def watch(self) -> Callable[[], str | None]:
         """A function to ask often: the refusal by the last reading."""

@@ -161,6 +161,9 @@ Repack = Annotated[
     bool | None,
     switch("repack", ENGINE, "Rearrange the weights for this CPU; fastest."),
 ]
+NBatch = Annotated[
+    int | None, option(ENGINE, "Tokens decoded at once: fewer need less memory, and take longer for prompts.", SET, metavar="N")
+]
 GpuLayers = Annotated[int | None, option(ENGINE, "Layers on a GPU, if llama.cpp was built for one.", SET, metavar="N")]
 Trunk = Annotated[
     bool | None,
@@ -181,7 +184,7 @@ SETTINGS: Mapping[str, str] = {
     **{name: f"budget.{name}" for name in ("seconds", "steps", "probes", "patience")},
     "threads": "engine.n_threads",
     "gpu_layers": "engine.n_gpu_layers",
-    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "trunk")},
+    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "n_batch", "trunk")},
 }
 
 

@@ -66,7 +66,7 @@ def check_clock(now: datetime, environ: Mapping[str, str]) -> Check:
     if synchronised == "yes":
         return Check("clock", True, f"{shown}, set by the network")
     if synchronised == "no":
-        return Check("clock", True, f"{shown}, not set by the network", f"{SET_IT} (an aggregator allows {MAX_SKEW_S / 60:.0f} minutes of difference)")
+        return Check("clock", True, f"{shown}, not set by the network", f"{SET_IT} (aggregators allow {MAX_SKEW_S / 60:.0f} minutes of difference)")
     return Check("clock", True, f"{shown}, by whom it is set cannot be told")
 
 
