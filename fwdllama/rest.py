@@ -15,6 +15,7 @@ from fwdllama.guard import Guard
 from fwdllama.throttle import Throttle
 
 TICK_S = 0.2  # how soon Ctrl-C is noticed, and a display counts on
+LEAST_S = 1e-3  # a rest so short is none, and may be less than a clock can tell
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Rest:
             self._look()
             now = self.guard.now()
             left = self._throttle.owed_s(worked) - (now - began)
-            if self.ended is not None or (self._power is None and left <= 0):
+            if self.ended is not None or (self._power is None and left <= LEAST_S):
                 break
             self.show(self._pause(now - began))
             self.sleep(TICK_S if self._power is not None else min(TICK_S, left))
