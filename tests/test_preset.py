@@ -36,7 +36,7 @@ def test_what_is_given_wins_and_is_said() -> None:
     given = {"mmap": False, "threads": 7, "repack": None, "nice": None, "seed": 3}
     found = completed("phone-8gb", given)
     assert found == {"mmap": False, "threads": 7, "repack": False, "nice": 10, "seed": 3}, "a command gets only options that it has"
-    assert described("phone-8gb", given).endswith("; given: --no-mmap --threads 7")
+    assert described("phone-8gb", given).endswith("; given: --threads 7 --no-mmap")
     assert "--threads" not in described("phone-8gb", given).partition(";")[0]
     assert completed(None, given) == given
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,8 @@ def test_on_a_low_battery_it_rests_until_it_has_recovered_a_little_and_says_both
     assert 200 <= took <= 206
     assert run.said == ["resting: the battery is at 29%, below 30%; training goes on by itself when that has changed", "going on"]
     assert run.rest.rested_s == pytest.approx(took - PROBE_S)
-    assert {paced(pause) for pause in run.shown} == {"", "resting: the battery is at 29%, below 30%", "resting: the battery is at 32%, below 35%"}
+    shown = list(dict.fromkeys(paced(pause) for pause in run.shown))
+    assert shown == [f"resting: the battery is at {at}" for at in ("29%, below 30%", "29%, below 35%", "32%, below 35%")] + [""]
 
 
 def test_a_charger_ends_a_rest_at_once(made: Callable[..., Run]) -> None:
@@ -125,9 +127,9 @@ def test_a_hot_phone_settles_below_its_limit_and_still_does_most_of_what_it_coul
     assert 0.55 < share < 0.9
     later = hottest[n // 2 :]
     assert min(later) > 70 - 3 * COOL_BY_C
-    assert max(later) < 70.5
-    assert run.said[0] == f"working less until it is cooler: cpu-0 has {70:.0f} °C, above 70 °C"
-    assert any(paced(pause).endswith("of the time: cpu-0 has 70 °C, above 70 °C") for pause in run.shown)
+    assert max(later) < 71
+    assert re.fullmatch("working less until it is cooler: cpu-0 has 7[0-2] °C, above 70 °C", run.said[0])
+    assert re.fullmatch(r"working \d\d% of the time: cpu-0 has 7[0-2] °C, above 70 °C", paced(run.shown[-1]))
 
 
 def test_a_phone_that_cools_works_all_the_time_again(made: Callable[..., Run]) -> None:
