@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from fwdllama.llama.staging import Staged
 from fwdllama.trainer import Progress
@@ -17,3 +18,5 @@ class Hooks:
     on_progress: Callable[[Progress], None] = lambda progress: None
     on_staged: Callable[[Staged], None] = lambda staged: None  # while lower layers are computed before training
     stop: Callable[[], bool] = lambda: False
+    rest: Callable[[], None] = lambda: None  # between pieces of work: may wait as long as the device must
+    device: Mapping[str, Any] = field(default_factory=dict)  # how the device is treated, kept with the run for those who resume it

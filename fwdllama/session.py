@@ -138,8 +138,9 @@ class Session:
             n_tokens=lambda: self.oracle.n_decoded,
             peak_memory_bytes=peak_memory_bytes,
         )
+        hooks = self.hooks
         trainer = Trainer(
-            self.config, self.losses, self.batches, self.held_out, run, theta, clock, self.hooks.on_progress, self.hooks.stop
+            self.config, self.losses, self.batches, self.held_out, run, theta, clock, hooks.on_progress, hooks.stop, hooks.rest
         )
         state = trainer.run()
         skipped = {**self.left_out, **self.units.skipped}

@@ -30,6 +30,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
     check_output(out)
     check_writable(run_path)
     check_unused(run_path)
+    hooks.rest()  # before memory is taken for a model that must wait
     with opened(config, model_path, source, hooks) as session:
         theta = session.space.initial_theta()
         session.load_first_batch()
@@ -39,6 +40,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
             "files": {"model": str(model_path.resolve()), "data": str(source.path.resolve()), "out": str(out.resolve())},
             "source": {"kind": source.kind, "labels": source.labels, "limit": source.limit},
             "environment": environment(),
+            "device": dict(hooks.device),
             "n_seq": session.oracle.capacity,
             "calibration": calibration.__dict__,
         }
@@ -69,6 +71,7 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
     }
     for key, value in now.items():
         _check_same(run_path, key, facts["identity"].get(key), value)
+    hooks.rest()
     with RunDirectory.open(run_path) as run:
         if budget:
             run.extend(config.model_dump_json(indent=2))

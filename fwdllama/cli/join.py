@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fwdllama.cli import device as d
 from fwdllama.cli import options as o
 from fwdllama.errors import UsageError
 
 if TYPE_CHECKING:
-    from fwdllama.federation.guard import Guard
     from fwdllama.federation.work import Workplace
+    from fwdllama.guard import Guard
 
-DEVICE, LIMITS = "The device", "When it must not work"
-ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "gpu_layers", "trunk")
+DEVICE = "The device"
+ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "gpu_layers", "trunk")
 INTERRUPTED = 130
 TICK_S = 0.2
 
@@ -49,20 +50,19 @@ def register(app: typer.Typer) -> None:
         ] = None,
         ca_file: Annotated[Path | None, o.option(DEVICE, "Certificates to trust instead of the system's.", metavar="FILE.pem")] = None,
         once: Annotated[bool, typer.Option("--once", help="End after one task.", rich_help_panel=DEVICE)] = False,
-        min_battery: Annotated[
-            float, o.option(LIMITS, "Least charge on battery, 0 to 1.", "0.3", metavar="X")
-        ] = 0.3,
-        only_charging: Annotated[bool, typer.Option("--only-charging", help="Work on external power only.", rich_help_panel=LIMITS)] = False,
-        max_temperature: Annotated[
-            float | None, o.option(LIMITS, "Degrees Celsius of the hottest sensor.", "45 for the battery, none else", metavar="C")
-        ] = None,
+        min_battery: d.MinBattery = None,
+        only_charging: d.OnlyCharging = None,
+        max_temperature: d.MaxTemperature = None,
         kind: o.Kind = "auto",
         labels: o.Labels = None,
         limit: Annotated[int | None, o.option(o.DATA, "Use only the first N examples.", "all", metavar="N", min=1)] = None,
+        preset: d.Preset = None,
         threads: o.Threads = None,
         kv_type: o.KvType = None,
         mmap: o.Mmap = None,
         repack: o.Repack = None,
+        n_batch: o.NBatch = None,
+        nice: d.Nice = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for whatever happens.")] = False,
@@ -72,7 +72,6 @@ def register(app: typer.Typer) -> None:
         Ctrl-C stops, and the same command goes on. A lost network, sleep and restarts cost at most the task in progress.
         """
         from fwdllama.federation.connection import checked_url, read_token
-        from fwdllama.federation.guard import Guard
         from fwdllama.federation.work import Workplace
         from fwdllama.material import Source
         from fwdllama.models import resolve
@@ -81,12 +80,16 @@ def register(app: typer.Typer) -> None:
             raise UsageError("--token (or FWDLLAMA_TOKEN) and --token-file were both given; give one.")
         secret = read_token(token_file) if token_file is not None else token
         wanted = Wanted(checked_url(url), secret, (name or platform.node() or "device")[:64], run, folder, ca_file, once)
-        guard = Guard(min_battery=min_battery, only_charging=only_charging, max_temperature_c=max_temperature)
-        given = {key: context.params[key] for key in ENGINE_SETTINGS if context.params[key] is not None}
-        o.configuration(given)  # refuses what cannot be
-        engine = {o.SETTINGS[key].removeprefix("engine."): value for key, value in given.items()}
+        given = d.completed(context.params)
+        guard = d.guard_of(given)
+        settings = {key: given[key] for key in ENGINE_SETTINGS if given[key] is not None}
+        o.configuration(settings)  # refuses what cannot be
+        engine = {o.SETTINGS[key].removeprefix("engine."): value for key, value in settings.items()}
         source = Source(data, None if kind == "auto" else kind, o.label_words(labels), limit)
-        if take_part(wanted, Workplace(resolve(model), source, engine), guard, as_json=as_json) == "stopped":
+        place = Workplace(resolve(model), source, engine)
+        with d.considerate(given, lambda text: typer.echo(text, err=True)):
+            ended = take_part(wanted, place, guard, as_json=as_json)
+        if ended == "stopped":
             raise typer.Exit(INTERRUPTED)
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fwdllama.formats import clock, number, percent, size
+from fwdllama.rest import Pause, paced
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig
@@ -43,6 +44,7 @@ class Display:
         self.held_out: float | None = None
         self.n_redraws, self.redraw_s = 0, 0.0
         self._next_s = -1.0
+        self.pause = Pause(None, 1.0, 0.0)
         self._begun_s: float | None = None
         self._live: Live | None = None
         self._last: Progress | None = None
@@ -77,9 +79,15 @@ class Display:
             self._next_s = now + INTERVAL_S
             self.console.print(Text(text), end="\n" if staged.done == 1 else "\r", soft_wrap=True)
 
+    def rest(self, pause: Pause) -> None:
+        """Called while the run rests, and for every probe after it; seconds of rest are none of training."""
+        before, self.pause = self.pause, pause
+        if self._last is not None and pause != before:
+            self._redraw_when_due(self._last)
+
     def progress(self, progress: Progress) -> None:
         """Called for every probe, and with metrics for every step."""
-        now = self.now()
+        now = self._working_s()
         row = progress.metrics
         if self._begun_s is None or row is not None:
             self._begun_s = now - progress.state.elapsed_s
@@ -93,6 +101,10 @@ class Display:
                 self.console.print(Text(self.line(progress)), soft_wrap=True)
             return
         self._last = progress
+        self._redraw_when_due(progress)
+
+    def _redraw_when_due(self, progress: Progress) -> None:
+        now = self.now()
         if now < self._next_s:
             return
         self._redraw(progress)
@@ -110,7 +122,11 @@ class Display:
 
     def elapsed_s(self) -> float:
         """Seconds of training so far, those before a resume included."""
-        return self.now() - self._begun_s if self._begun_s is not None else 0.0
+        return self._working_s() - self._begun_s if self._begun_s is not None else 0.0
+
+    def _working_s(self) -> float:
+        """A clock that stands still during rests, as the run's own does."""
+        return self.now() - self.pause.rested_s
 
     def left_s(self, progress: Progress) -> float | None:
         """Seconds until the first budget is used up; None before that can be told."""
@@ -135,6 +151,7 @@ class Display:
             f"{row['n_probes']:,} probes",
             f"{row['tokens_per_s']:,.0f} tokens/s",
             self._clocks(progress),
+            paced(self.pause),
         ]
         return ", ".join(part for part in parts if part)
 
@@ -160,11 +177,14 @@ class Display:
         facts.add_row("speed", f"{number(row.get('tokens_per_s'), 0)} tokens/s, {share}")
         facts.add_row("memory", f"{size(row.get('peak_memory_bytes'))} at most")
         facts.add_row("time", self._clocks(progress))
+        if self.pause.why is not None:
+            facts.add_row("now", Text(paced(self.pause), style="yellow"))
         return Group(bar, facts)
 
     def _clocks(self, progress: Progress) -> str:
         left = self.left_s(progress)
-        return clock(self.elapsed_s()) + ("" if left is None else f", {clock(left)} left")
+        rested = f", {clock(self.pause.rested_s)} of rest" if self.pause.rested_s >= 1 else ""
+        return clock(self.elapsed_s()) + ("" if left is None else f", {clock(left)} left") + rested
 
 
 def sparkline(values: list[float]) -> str:

@@ -163,6 +163,9 @@ Repack = Annotated[
     bool | None,
     switch("repack", ENGINE, "Rearrange the weights for this CPU; fastest."),
 ]
+NBatch = Annotated[
+    int | None, option(ENGINE, "Tokens decoded at once: fewer need less memory, and take longer for prompts.", SET, metavar="N")
+]
 GpuLayers = Annotated[int | None, option(ENGINE, "Layers on a GPU, if llama.cpp was built for one.", SET, metavar="N")]
 Trunk = Annotated[
     bool | None,
@@ -211,7 +214,7 @@ SETTINGS: Mapping[str, str] = {
     **{name: f"budget.{name}" for name in ("seconds", "steps", "probes", "patience")},
     "threads": "engine.n_threads",
     "gpu_layers": "engine.n_gpu_layers",
-    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "trunk", "stage_layers", "states")},
+    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "n_batch", "trunk", "stage_layers", "states")},
 }
 # What `--memory-budget` may change, by the option that keeps it as it is.
 CHANGES: Mapping[str, Change] = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fwdllama.errors import EngineError
+from gguf_tools.library import llama_cpp as loaded
 
 log = logging.getLogger("fwdllama.llama")
 engine_log = logging.getLogger("fwdllama.llama.cpp")  # llama.cpp's own words, apart so that they can be silenced
@@ -93,7 +94,7 @@ def llama() -> Any:
         EngineError: it is not installed, or it lacks a function that training needs.
     """
     try:
-        import llama_cpp
+        llama_cpp = loaded()
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineError(f"llama-cpp-python cannot be loaded ({error}). Install version {TESTED_VERSION}.") from error
     missing = [name for name in _LLAMA_SYMBOLS if not hasattr(llama_cpp, name)]
