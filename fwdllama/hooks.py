@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fwdllama.llama.staging import Staged
 from fwdllama.trainer import Progress
+from fwdllama.types import Staged
 
 
 @dataclass

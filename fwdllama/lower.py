@@ -64,8 +64,8 @@ class Lower:
     shape: Shape
 
     @contextmanager
-    def opened(self, material: Material, sampled: Sequence[Encoded], hooks: Hooks) -> Iterator[Below]:
-        """What gives the values that enter the top, for the run's units and for `sampled` examples alone.
+    def opened(self, material: Material, sampled: Sequence[Encoded], hooks: Hooks, *, endless: bool = False) -> Iterator[Below]:
+        """What gives the values that enter the top, for the units that the budget's batches hold (`endless`: all) and for `sampled` examples alone.
 
         Raises:
             ResourceError: there is no room on disk.
@@ -87,7 +87,8 @@ class Lower:
             self.shape.unit_size,
         )
         with StateStore(self._folder, self.parts.first, info.n_embd, half=self.config.half) as store:
-            units = [Unit.of(unit) for unit in (*material.watched(), *material.batches.through(self._n_steps(material)), *([e] for e in sampled))]
+            drawn = material.batches.through(None if endless else self._n_steps(material))
+            units = [Unit.of(unit) for unit in (*material.watched(), *drawn, *([e] for e in sampled))]
             missing = store.missing(units)
             if missing:
                 kept, most = stage.needed_bytes(missing, half=self.config.half)
@@ -96,7 +97,12 @@ class Lower:
                     f"first pass: {n_tokens:,} tokens through layers 0 to {self.parts.first - 1} in {len(stage.boundaries) - 1} slices; "
                     f"{size(most)} on disk at most, {size(kept)} of it until training ends ({self._folder})"
                 )
-                stage.run(store, units, half=self.config.half, on_progress=hooks.on_staged, stop=hooks.stop)
+
+                def stop() -> bool:
+                    hooks.rest()
+                    return hooks.stop()
+
+                stage.run(store, units, half=self.config.half, on_progress=hooks.on_staged, stop=stop)
             yield store
 
     @property

@@ -30,8 +30,8 @@ class Preset:
     def options(self) -> dict[str, Any]:
         """What it sets, by parameter name."""
         values = asdict(self)
-        del values["memory_budget_bytes"]
-        return {"threads": default_threads(), **values}
+        memory = values.pop("memory_budget_bytes")
+        return {"threads": default_threads(), **values, **({} if memory is None else {"memory_budget": f"{memory >> 20}MB"})}
 
 
 # What the phones share:

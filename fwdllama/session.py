@@ -158,9 +158,12 @@ class Session:
 
 @contextmanager
 def opened(
-    config: TrainConfig, model_path: Path, source: Source, hooks: Hooks, a: dict[str, Any] | None = None
+    config: TrainConfig, model_path: Path, source: Source, hooks: Hooks, a: dict[str, Any] | None = None, *, endless: bool = False
 ) -> Iterator[Session]:
-    """Load data and model, lay out the space, choose A (or take `a`), and close everything in order at the end."""
+    """Load data and model, lay out the space, choose A (or take `a`), and close everything in order at the end.
+
+    An `endless` session may draw any batch, whatever the budget says.
+    """
     info = read_model_info(model_path)
     space = space_of(config, info)
     dataset = source.load()
@@ -179,7 +182,7 @@ def opened(
         below = None
         if parts:
             lower = Lower(config, parts, f"{sha256} {data_sha256}", options, weights, made.shape)
-            below = resources.enter_context(lower.opened(made, sampled, hooks))
+            below = resources.enter_context(lower.opened(made, sampled, hooks, endless=endless))
         model = words if isinstance(words, Model) else resources.enter_context(Model(lower.parts.top, weights, needs_vocabulary=False))
         if a is not None:
             space = replace(space, a=a)

@@ -15,13 +15,13 @@ from fwdllama.config import TrainConfig, make_config
 from fwdllama.errors import ResourceError, Stopped, UsageError
 from fwdllama.fitting import SHARED, fitted
 from fwdllama.hooks import Hooks
-from fwdllama.llama.staging import Staged
 from fwdllama.lower import parts_of
 from fwdllama.machine import process_bytes
 from fwdllama.material import Source
 from fwdllama.models import default_cache_dir
 from fwdllama.setting import Setting
 from fwdllama.training import train
+from fwdllama.types import Staged
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256, read_model_info
 from gguf_tools.synth import write_tiny_llama

@@ -18,7 +18,7 @@ def test_every_value_is_an_option_of_training_and_can_be(name: Name) -> None:
     group = typer.main.get_command(main.application(plugins=False))
     for command in ("train", "join", "calibrate"):
         parameters = {parameter.name for parameter in group.commands[command].params}  # type: ignore[attr-defined]
-        assert options.keys() - parameters <= ({"min_battery", "max_temperature"} if command == "calibrate" else set())
+        assert options.keys() - parameters <= ({"min_battery", "max_temperature", "memory_budget"} if command == "calibrate" else set())
     engine = configuration(options).engine
     assert (engine.mmap, engine.repack, engine.kv_type, engine.n_batch) == tuple(options[k] for k in ("mmap", "repack", "kv_type", "n_batch"))
     assert engine.n_threads == default_threads()

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fwdllama.cli.live import paced
 from fwdllama.guard import MIN_MEMORY_BYTES, Guard
-from fwdllama.rest import TICK_S, Pause, Rest, paced
+from fwdllama.rest import TICK_S, Rest
 from fwdllama.sensor import Reading
 from fwdllama.throttle import COOL_BY_C, LEAST, Throttle
+from fwdllama.types import Pause
 
 PROBE_S = 0.5
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fwdllama.guard import Guard
 
 DEVICE = "The device"
-ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "gpu_layers", "trunk")
+ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "gpu_layers", "trunk", "stage_layers", "states")
 INTERRUPTED = 130
 TICK_S = 0.2
 
@@ -65,6 +65,9 @@ def register(app: typer.Typer) -> None:
         nice: d.Nice = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,
+        stage_layers: o.StageLayers = None,
+        states: o.States = None,
+        memory_budget: o.MemoryBudget = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for whatever happens.")] = False,
     ) -> None:
         """Work for an aggregator with your own data, which stays here: losses are all that is sent.
@@ -86,7 +89,8 @@ def register(app: typer.Typer) -> None:
         o.configuration(settings)  # refuses what cannot be
         engine = {o.SETTINGS[key].removeprefix("engine."): value for key, value in settings.items()}
         source = Source(data, None if kind == "auto" else kind, o.label_words(labels), limit)
-        place = Workplace(resolve(model), source, engine)
+        memory = None if given["memory_budget"] is None else o.memory_size(given["memory_budget"])
+        place = Workplace(resolve(model), source, engine, memory, o.kept(context.params))
         with d.considerate(given, lambda text: typer.echo(text, err=True)):
             ended = take_part(wanted, place, guard, as_json=as_json)
         if ended == "stopped":
@@ -142,7 +146,7 @@ def take_part(wanted: Wanted, place: Workplace, guard: Guard, *, as_json: bool) 
         if unprotected(wanted.url):
             watch.event(f"{wanted.url} is not encrypted: whoever listens on the way can read the token and the losses; https:// prevents it")
         client = Client(wanted.url, http, Identity.load(store, wanted.url), sleep=sleep)
-        place = replace(place, hooks=Hooks(on_event=watch.event, stop=interrupt.stop))
+        place = replace(place, hooks=Hooks(on_event=watch.event, on_staged=watch.staged, stop=interrupt.stop))
         listener = Listener(watch.event, status, interrupt.stop, sleep)
         device = Device(client, store, base, n_examples, place.hired, run_name=wanted.run, guard=guard, listener=listener, once=wanted.once)
         with device:

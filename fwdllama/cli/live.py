@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fwdllama.formats import clock, number, percent, size
-from fwdllama.rest import Pause, paced
+from fwdllama.types import Pause
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig
-    from fwdllama.llama.staging import Staged
     from fwdllama.trainer import Progress
+    from fwdllama.types import Staged
 
 INTERVAL_S = 0.25
 SHARE = 250  # a redraw takes at most 1/250 of the time
@@ -69,8 +69,7 @@ class Display:
     def staged(self, staged: Staged) -> None:
         """Called for every unit that a slice of the lower layers is through with."""
         now = self.now()
-        left = staged.elapsed_s * (1 - staged.done) / staged.done
-        text = f"layers {staged.first} to {staged.last - 1} of {staged.of}: {percent(staged.done)} of the first pass, {clock(left)} left"
+        text = first_pass(staged)
         if not self.console.is_terminal:
             if staged.last != self._slice:
                 self._slice = staged.last
@@ -187,6 +186,17 @@ class Display:
         return clock(self.elapsed_s()) + ("" if left is None else f", {clock(left)} left") + rested
 
 
+def first_pass(staged: Staged) -> str:
+    """How far the first pass of a staged run is.
+
+    >>> from fwdllama.types import Staged
+    >>> first_pass(Staged(8, 16, 24, 0.5, 30.0))
+    'layers 8 to 15 of 24: 50% of the first pass, 0:30 left'
+    """
+    left = staged.elapsed_s * (1 - staged.done) / staged.done
+    return f"layers {staged.first} to {staged.last - 1} of {staged.of}: {percent(staged.done)} of the first pass, {clock(left)} left"
+
+
 def sparkline(values: list[float]) -> str:
     """Numbers as bars from the smallest to the largest; what is not finite is a gap.
 
@@ -197,3 +207,16 @@ def sparkline(values: list[float]) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     step = (high - low) / (len(BARS) - 1) or 1.0
     return "".join(BARS[int((value - low) / step)] if abs(value) < float("inf") else " " for value in values)
+
+
+def paced(pause: Pause) -> str:
+    """A pause in a few words, empty where there is none.
+
+    >>> paced(Pause("the battery is at 20%, below 30%", 0.0, 12.0))
+    'resting: the battery is at 20%, below 30%'
+    >>> paced(Pause("cpu-0 has 91 °C, above 80 °C", 0.4, 12.0))
+    'working 40% of the time: cpu-0 has 91 °C, above 80 °C'
+    """
+    if pause.why is None:
+        return ""
+    return f"resting: {pause.why}" if pause.share == 0 else f"working {percent(pause.share)} of the time: {pause.why}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from fwdllama.types import Dataset
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig, TrainConfig
     from fwdllama.rest import Rest
+    from fwdllama.setting import Change
     from fwdllama.trainer import Progress
     from fwdllama.training import Hooks, Outcome
 
@@ -109,7 +110,7 @@ def register(app: typer.Typer) -> None:
         """
         words = o.label_words(labels)
         wanted = Wanted(_questions(eval_data, eval_limit, kind, words), report, as_json)
-        start(d.completed(context.params), model, data, out, run, words, wanted)
+        start(d.completed(context.params), model, data, out, run, words, wanted, kept=o.kept(context.params))
 
     @app.command("resume")
     def resume_command(
@@ -158,8 +159,12 @@ def start(
     run: Path | None,
     labels: dict[str, str] | None,
     wanted: Wanted,
+    *,
+    kept: Collection[Change] = (),
 ) -> None:
     """Train from the options `given`, by parameter name, and conclude; `run` None puts the run directory beside `out`.
+
+    A memory budget changes nothing of what is `kept`.
 
     Raises:
         FwdllamaError: anything that a user can mend.
@@ -184,7 +189,7 @@ def start(
             from fwdllama.fitting import fitted
 
             limit = o.memory_size(given["memory_budget"])
-            config = fitted(config, path, source, limit, kept=o.kept(given), on_event=hooks.on_event)
+            config = fitted(config, path, source, limit, kept=kept, on_event=hooks.on_event)
         outcome = training.train(config, path, source, run_path, out, hooks)
     end(run_path, outcome, wanted, rest.ended)
 

@@ -25,20 +25,10 @@ from fwdllama.llama.embedding import Embeddings
 from fwdllama.llama.model import ModelOptions
 from fwdllama.llama.slice import Slice, States
 from fwdllama.llama.states import Passage, StateStore, Unit, stored_bytes
+from fwdllama.types import Staged
 from gguf_tools.model import ModelInfo, read_model_info
 from gguf_tools.plan import Part
 from gguf_tools.split import extract_layers
-
-
-@dataclass(frozen=True)
-class Staged:
-    """How far the first pass is: layers that are through, of how many, as a fraction of all tokens and layers, and seconds since its begin."""
-
-    first: int  # of the slice in memory
-    last: int
-    of: int
-    done: float  # 0 to 1, of everything
-    elapsed_s: float
 
 
 @dataclass(frozen=True)

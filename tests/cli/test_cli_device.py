@@ -42,7 +42,8 @@ def test_a_preset_is_said_and_kept_and_what_is_given_wins(train: Run, tmp_path: 
     assert result.code == 0, result.err
     said = result.err.splitlines()[0]
     assert said == (
-        "preset phone-8gb: --mmap --no-repack --kv-type f16 --n-batch 256 --max-temperature 80; given: --threads 1 --nice 0 --min-battery 0.5"
+        "preset phone-8gb: --mmap --no-repack --kv-type f16 --n-batch 256 --max-temperature 80 --memory-budget 3072MB; "
+        "given: --threads 1 --nice 0 --min-battery 0.5"
     )
     kept = json.loads((tmp_path / "adapter-run/run.json").read_text())["device"]
     assert kept == {"min_battery": 0.5, "max_temperature": 80.0, "nice": 0}

@@ -78,7 +78,8 @@ def test_help_that_is_shown_has_defaults(run: Run, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_choices_of_an_option_are_those_of_the_setting(name: str, parameters: dict[str, Any]) -> None:
     offered = parameters[name].type_descriptor.choices
-    allowed = get_args(fields(TrainConfig)[SETTINGS[name]])
+    kinds = get_args(fields(TrainConfig)[SETTINGS[name]])
+    allowed = tuple(value for kind in kinds if kind is not type(None) for value in get_args(kind) or (kind,))
     if offered is not None:
         assert tuple(offered) == allowed
 

@@ -13,10 +13,10 @@ import pytest
 from fwdllama.errors import ResourceError, Stopped
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
-from fwdllama.llama.staging import Stage, Staged
+from fwdllama.llama.staging import Stage
 from fwdllama.llama.states import StateStore, Unit
 from fwdllama.llama.trunk import Trunk, cut
-from fwdllama.types import Encoded
+from fwdllama.types import Encoded, Staged
 from gguf_tools.model import file_sha256, read_model_info
 from gguf_tools.split import slices
 from gguf_tools.synth import write_tiny_llama
