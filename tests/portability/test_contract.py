@@ -9,8 +9,8 @@ import hashlib
 
 import pytest
 
-from tests.portability.contract import CONTRACT, PRIVATE
-from tests.portability.digests import compared
+from tests.portability.contract import CONTRACT
+from tests.portability.exchange import compared
 
 GOLDEN = {
     "directions": "1f10e384dca13b5012e0031309af412a2b24c1fb725d9c933404fce421f7a5f2",
@@ -38,12 +38,6 @@ def test_what_machines_exchange_has_its_golden_digest(name: str) -> None:
 
 def test_only_the_specification_of_a_run_which_grows_with_every_option_has_no_golden_digest() -> None:
     assert CONTRACT.keys() - GOLDEN.keys() == {"specification of a run"}
-
-
-@pytest.mark.parametrize("name", [*CONTRACT, *PRIVATE])
-def test_the_same_machine_computes_the_same_twice(name: str) -> None:
-    made = {**CONTRACT, **PRIVATE}[name]
-    assert made() == made()
 
 
 def test_a_comparison_fails_where_the_contract_is_broken_and_only_tells_of_other_differences() -> None:
