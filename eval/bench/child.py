@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
+from .limit import limited
 from .measure import Bench, BenchError
 
 PROGRAM = "from fwdllama.cli.main import main; main()"
@@ -34,12 +36,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that ended well."""
+    """A command that ended well. `limit` says by which means its memory was limited, `group_bytes` what those counted at most."""
 
     command: str
     stdout: str
     wall_s: float
     peak_bytes: int
+    limit: str | None = None
+    group_bytes: int | None = None
 
     @property
     def json(self) -> Any:
@@ -50,18 +54,20 @@ class Ran:
 class Command:
     """A `fwdllama` command in a process of its own, which does not outlive the block it is used in."""
 
-    def __init__(self, bench: Bench, *words: object, piped: bool = False) -> None:
-        """`piped`: stderr is for reading from `process.stderr`; otherwise it goes to the log."""
+    def __init__(self, bench: Bench, *words: object, piped: bool = False, limit_bytes: int | None = None) -> None:
+        """`piped`: stderr is for reading from `process.stderr`; otherwise it goes to the log. `limit_bytes`: a hard limit of memory."""
         self.line = line_of(words)
         self._log = bench.work / LOG
-        self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the block
+        self._resources = ExitStack()
+        self.limit = None if limit_bytes is None else self._resources.enter_context(limited(limit_bytes))
+        self._stdout = self._resources.enter_context(tempfile.TemporaryFile("w+"))
         with open(self._log, "a") as log:
             log.write(f"$ {self.line}\n")
             log.flush()
             self._said_from = log.tell()
             self.begun = time.monotonic()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *map(str, words)],
+                [*(self.limit.words if self.limit else ()), sys.executable, "-c", PROGRAM, *map(str, words)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._stdout,
                 stderr=subprocess.PIPE if piped else log,
@@ -99,11 +105,14 @@ class Command:
         self._check()
         self._stdout.seek(0)
         peak = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
-        return Ran(self.line, self._stdout.read(), wall_s, peak)
+        if self.limit is None:
+            return Ran(self.line, self._stdout.read(), wall_s, peak)
+        return Ran(self.line, self._stdout.read(), wall_s, peak, self.limit.means, self.limit.peak_bytes())
 
     def _check(self) -> None:
         if self.process.returncode != 0:
-            raise BenchError(f"`{self.line}` ended with {self.process.returncode}: {self._last_words()}")
+            limit = f" under a hard limit of {self.limit}, which killed {self.limit.n_killed()}" if self.limit else ""
+            raise BenchError(f"`{self.line}` ended with {self.process.returncode}{limit}: {self._last_words()}")
 
     def _last_words(self) -> str:
         with open(self._log, "rb") as log:
@@ -120,7 +129,7 @@ class Command:
             self.process.wait()
         if self.process.stderr is not None:
             self.process.stderr.close()
-        self._stdout.close()
+        self._resources.close()
 
 
 def line_of(words: Sequence[object]) -> str:
@@ -128,13 +137,13 @@ def line_of(words: Sequence[object]) -> str:
     return shlex.join(["fwdllama", *map(str, words)])
 
 
-def run(bench: Bench, *words: object) -> Ran:
-    """Run a `fwdllama` command to its end.
+def run(bench: Bench, *words: object, limit_bytes: int | None = None) -> Ran:
+    """Run a `fwdllama` command to its end, with `limit_bytes` under a hard limit of memory.
 
     Raises:
-        BenchError: it failed.
+        BenchError: it failed, or memory cannot be limited here.
     """
-    with Command(bench, *words) as command:
+    with Command(bench, *words, limit_bytes=limit_bytes) as command:
         return command.finished()
 
 
