@@ -60,7 +60,7 @@ class Command:
         self._log = bench.work / LOG
         self._resources = ExitStack()
         self.limit = None if limit_bytes is None else self._resources.enter_context(limited(limit_bytes))
-        self._stdout = self._resources.enter_context(tempfile.TemporaryFile("w+"))
+        self._stdout = self._resources.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - closed with the block
         with open(self._log, "a") as log:
             log.write(f"$ {self.line}\n")
             log.flush()

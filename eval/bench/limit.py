@@ -100,7 +100,7 @@ def _group(size_bytes: int, means: Means, mounts: Path) -> Limit | None:
         return None
     try:
         for name, value in settings.items():
-            if (group / name).exists() or "swap" not in name and "memsw" not in name:
+            if (group / name).exists() or not name.startswith(("memory.memsw", "memory.swap")):
                 (group / name).write_text(str(value))
     except OSError:  # the memory controller is not there, or not ours to use
         _removed(group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -49,15 +48,21 @@ def test_two_limits_at_once_do_not_mix(means: Means) -> None:
 
 
 def test_a_group_is_removed_also_when_the_block_fails(means: Means) -> None:
-    with ExitStack() as stack, pytest.raises(ZeroDivisionError):
-        limit = stack.enter_context(limited(100 * MIB, means=means))
-        with stack:
+    groups = []
+
+    def failing() -> None:
+        with limited(100 * MIB, means=means) as limit:
+            groups.append(limit.group)
             raise ZeroDivisionError
-    assert limit.group is None or not limit.group.exists()
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert all(group is None or not group.exists() for group in groups)
 
 
 def test_what_cannot_be_limited_is_said(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match=r"memory cannot be limited to 1\.0 MiB here: cgroup v2 cannot be had\."), limited(MIB, means="cgroup v2", mounts=tmp_path / "none"):
+    sentence = r"memory cannot be limited to 1\.0 MiB here: cgroup v2 cannot be had\."
+    with pytest.raises(BenchError, match=sentence), limited(MIB, means="cgroup v2", mounts=tmp_path / "none"):
         pass
 
 
