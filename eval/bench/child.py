@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
+from fwdllama.surroundings import peak_memory_bytes
+
 from .limit import limited
 from .measure import Bench, BenchError
 
@@ -153,6 +155,15 @@ def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     Raises:
         BenchError: it raised something, whose traceback is the message, or the process died.
     """
+    return peak_of(function, *args, **kwargs)[0]
+
+
+def peak_of(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, int]:
+    """What `in_child` returns, and the bytes that the process held at most.
+
+    Raises:
+        BenchError: as `in_child`.
+    """
     context = get_context("spawn")  # not fork, which would copy whatever threads and locks there are here
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sending, function, args, kwargs), daemon=True)
@@ -160,7 +171,7 @@ def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     sending.close()
     try:
         try:
-            failed, value = receiving.recv()
+            failed, value, peak_bytes = receiving.recv()
         except EOFError:
             process.join()
             raise BenchError(f"{function.__name__} died with exit code {process.exitcode} and without a result.") from None
@@ -174,16 +185,23 @@ def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if failed:
         raise BenchError(str(value))
     result: R = value
-    return result
+    return result, peak_bytes
 
 
 def _call(sending: Connection, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     try:
         value = function(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - it is raised again on the other side
-        sending.send((True, f"{error}\n{traceback.format_exc()}"))
+        sending.send((True, f"{error}\n{traceback.format_exc()}", 0))
     else:
-        sending.send((False, value))
+        sending.send((False, value, _own_peak_bytes()))
+
+
+def _own_peak_bytes() -> int:
+    """The most that this process held since it became this program; `getrusage` would count what started it too."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), peak_memory_bytes())
 
 
 def read_state(run_path: Path) -> dict[str, Any]:
