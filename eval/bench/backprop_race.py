@@ -13,11 +13,12 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from fwdllama.types import Encoded, Scope
 
 from .child import in_child
+from .curve import Curve, Point, asking, fastest, reached_s
 from .measure import Bar, Bench, Item, Measured
 from .runs import SHORT, trained
 
@@ -34,17 +35,6 @@ if TYPE_CHECKING:
     from fwdllama.config import TrainConfig
 
 Train = Literal["b", "ab"]
-
-
-class Point(NamedTuple):
-    """Of a curve: seconds of training, the questions' loss, and forward passes of single examples so far (prompts that are kept not counted)."""
-
-    seconds: float
-    loss: float
-    passes: int = 0
-
-
-Curve = list[Point]  # from the untrained model's on
 
 
 @dataclass(frozen=True)
@@ -66,14 +56,11 @@ def replayed_run(run: Path, dev: Path, n_questions: int, *, floor: float = min(L
     from fwdllama.encode import Encoder, model_template
     from fwdllama.layout import space_of
     from fwdllama.ledger import read_ledger, replay
-    from fwdllama.llama.context import ContextOptions
     from fwdllama.llama.model import Model
-    from fwdllama.llama.oracle import LlamaOracle
     from fwdllama.machine import default_threads
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.adapter import read_adapter
     from gguf_tools.model import read_model_info
-    from gguf_tools.plan import whole_cells
 
     facts, config = read_facts(run), read_config(run / "config.json")
     path = Path(facts["files"]["model"])
@@ -86,20 +73,13 @@ def replayed_run(run: Path, dev: Path, n_questions: int, *, floor: float = min(L
         encoder = Encoder(model, model_template(model, config.template, "squad"))
         questions = drawn_questions(encoder, load_dataset(dev).examples, n_questions)
         pool = _pool(encoder, load_dataset(Path(facts["files"]["data"])).examples, n_ctx, config.seed)
-        cells = whole_cells(max(e.n_tokens for e in questions))
-        options = ContextOptions(
-            cells, len(questions), max(64, len(questions)), n_threads=n_threads, kv_type=config.engine.kv_type, flash=config.engine.flash
-        )
-        with LlamaOracle(model, space, config.space.scope, options) as oracle:
-            oracle.load(questions)
+        with asking(model, space, config.space.scope, questions, config.engine, n_threads) as loss:
             theta = space.initial_theta()
-            oracle.write(theta)
-            curve = [Point(0.0, float(oracle.losses().mean()))]
+            curve = [Point(0.0, loss(theta))]
             for entry, row in zip(read_ledger(run / "ledger.bin", genesis_of(facts)), read_metrics(run), strict=True):
                 theta = replay(theta, [entry])
-                oracle.write(theta)
                 passes = curve[-1].passes + passes_of(config, row["n_probes"])
-                curve.append(Point(row["elapsed_s"], float(oracle.losses().mean()), passes))
+                curve.append(Point(row["elapsed_s"], loss(theta), passes))
                 if curve[-1].loss <= floor:
                     break
     return curve, Job(path, run / "initial.gguf", n_threads, questions, pool, config.space.scope), config.space.train
@@ -196,27 +176,6 @@ def adamw(
     if out is not None:
         write_adapter(out, replace(adapter, tensors={name: (a.detach().numpy(), b.detach().numpy()) for name, (a, b) in lora.weights.items()}))
     return curve
-
-
-def reached(curve: Sequence[Point], loss: float) -> Point | None:
-    """Where a curve is first at `loss` or below; None where it never is.
-
-    >>> reached([Point(0, 4.0), Point(5, 1.3), Point(9, 1.5)], 1.32).seconds
-    5
-    """
-    return next((point for point in curve if point.loss <= loss), None)
-
-
-def reached_s(curve: Sequence[Point], loss: float) -> float | None:
-    """When that is."""
-    point = reached(curve, loss)
-    return None if point is None else point.seconds
-
-
-def fastest(curves: Sequence[Curve], loss: float) -> float | None:
-    """The earliest time at which any of the curves is at `loss`."""
-    times = [seconds for curve in curves if (seconds := reached_s(curve, loss)) is not None]
-    return min(times, default=None)
 
 
 def figures_of(forward: Curve, same: Mapping[float, Curve], more: Mapping[float, Curve]) -> dict[str, Any]:

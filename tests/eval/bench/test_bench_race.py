@@ -7,6 +7,7 @@ from statistics import fmean
 
 import pytest
 from fwdllama_eval.bench import backprop_race, directions
+from fwdllama_eval.bench.curve import Curve, Point
 from fwdllama_eval.bench.measure import Bar, Bench
 
 from fwdllama.answering import answer_dataset, open_engine
@@ -17,8 +18,8 @@ from gguf_tools.adapter import read_adapter
 from .conftest import values
 
 
-def curve(*points: tuple[float, float]) -> backprop_race.Curve:
-    return [backprop_race.Point(*point) for point in points]
+def curve(*points: tuple[float, float]) -> Curve:
+    return [Point(*point) for point in points]
 
 
 def test_race_compares_with_the_best_rate_at_each_loss() -> None:
@@ -42,7 +43,7 @@ def test_race_without_a_winner_meets_no_bar() -> None:
 
 
 @pytest.fixture
-def raced(bench: Bench) -> tuple[backprop_race.Curve, backprop_race.Job]:
+def raced(bench: Bench) -> tuple[Curve, backprop_race.Job]:
     folder = bench.fresh("run")
     directions.watched(values(2), bench.model, bench.train_data, folder)
     curve, job, train = backprop_race.replayed_run(folder / "run", bench.dev_data, 6)
@@ -51,7 +52,7 @@ def raced(bench: Bench) -> tuple[backprop_race.Curve, backprop_race.Job]:
 
 
 def test_replayed_losses_are_those_that_scoring_the_adapter_finds(
-    bench: Bench, raced: tuple[backprop_race.Curve, backprop_race.Job]
+    bench: Bench, raced: tuple[Curve, backprop_race.Job]
 ) -> None:
     curve, job = raced
     assert [len(curve), len(job.questions), job.n_threads] == [3, 6, 1]
@@ -66,7 +67,7 @@ def test_replayed_losses_are_those_that_scoring_the_adapter_finds(
 
 
 def test_both_sides_of_the_race_start_from_the_same_loss_and_backprop_lowers_it(
-    raced: tuple[backprop_race.Curve, backprop_race.Job],
+    raced: tuple[Curve, backprop_race.Job],
 ) -> None:
     pytest.importorskip("torch")
     curve, job = raced
