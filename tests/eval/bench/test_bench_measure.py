@@ -72,6 +72,7 @@ def test_items_are_those_of_the_plan_each_with_a_bar_on_a_figure_that_is_shown()
         "paper-int4",
         "memory-7b-int4",
         "memory-7b-int8",
+        "scaling",
     ]
     assert all(bar.figure in each.shown for each in items.values() for bar in each.bars)
     assert all(each.bars for each in items.values())
