@@ -23,6 +23,7 @@ from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.types import Encoded
 from gguf_tools.adapter import read_adapter
+from gguf_tools.plan import CELLS, whole_cells
 
 I32, ADAMW = 26, 0  # GGML_TYPE_I32, GGML_OPT_OPTIMIZER_TYPE_ADAMW
 Windows = NDArray[np.int32]  # (n, n_ctx + 1): each predicts its own next tokens
@@ -73,8 +74,10 @@ class Optimiser:
         """`initial` is the adapter to start from.
 
         Raises:
-            EngineError: this build hides what is needed, or adapters cannot be written in place.
+            EngineError: this build hides what is needed, adapters cannot be written in place, or llama.cpp would make windows longer.
         """
+        if whole_cells(n_ctx) != n_ctx:
+            raise EngineError(f"windows of {n_ctx} tokens are not what llama.cpp makes of them; take a multiple of {CELLS}.")
         library, lib = ggml(), llama()
         lacking = [name for name in _SYMBOLS if not hasattr(library, name)]
         if library is None or lacking or not hasattr(library, "ggml_opt_get_constant_optimizer_params"):
