@@ -27,7 +27,8 @@ N_QUESTIONS, N_SCORED = 32, 100  # whose loss is watched, and that are answered
 N_POINTS = 12  # losses of a curve where one costs seconds
 RATE = 3e-3  # of AdamW, the best of the race
 WINDOW = 256  # tokens of a step of llama.cpp's optimiser
-SMALL = ("--units", 8, "--per-unit", 1, "--fresh", 8, "--held-out", 8, "--rounds", 1, "--eps", 0.02, "--steps", 2)  # eight examples, and eight that are watched
+# Two steps with eight examples, and as many that are watched; nothing is calibrated.
+SMALL = ("--units", 8, "--per-unit", 1, "--fresh", 8, "--held-out", 8, "--rounds", 1, "--eps", 0.02, "--steps", 2)
 FORWARD: dict[str, tuple[str, ...] | None] = {"answer": ("--scope", "answer"), "all": ("--scope", "all"), "staged": STAGED}
 
 Row = dict[str, Any]
