@@ -129,7 +129,7 @@ def memory_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
             name,
             gb(each["model_bytes"]),
             f"{gb(each['whole_bytes'])} (KV {each['kv_type']})",
-            f"{gb(each['limit_bytes'])}, {each['limit']}",
+            f"{gb(each['limit_bytes'])}, {each['limited_by']}",
             gb(each["staged_bytes"]),
             gb(each["eval_bytes"]),
             _number(each["ratio"], 3),

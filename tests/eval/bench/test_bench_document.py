@@ -43,7 +43,7 @@ def scaling_figures() -> dict[str, Any]:
 
 def memory_figures() -> dict[str, Any]:
     return {
-        "model_bytes": 3_825_000_000, "whole_bytes": 4_310_000_000, "kv_type": "q8_0", "limit": "cgroup v1", "limit_bytes": 5_000_000_000,
+        "model_bytes": 3_825_000_000, "whole_bytes": 4_310_000_000, "kv_type": "q8_0", "limited_by": "cgroup v1", "limit_bytes": 5_000_000_000,
         "staged_bytes": None, "eval_bytes": 4_300_000_000, "ratio": 1.0023, "plan_error": 0.031,
     }  # fmt: skip
 

@@ -30,7 +30,7 @@ def test_a_small_shape_gives_every_figure_and_leaves_nothing_behind(bench: Bench
     assert 20 * MIB < found["whole_bytes"] < 300 * MIB
     assert found["ratio"] == found["whole_bytes"] / found["eval_bytes"]
     assert found["plan_error"] == pytest.approx(abs(found["whole_planned_bytes"] / found["whole_bytes"] - 1))
-    assert found["limit"] in ("cgroup v1", "cgroup v2", "systemd-run", "RLIMIT_AS")
+    assert found["limited_by"] in ("cgroup v1", "cgroup v2", "systemd-run", "RLIMIT_AS")
     cache = bench.work.parent / "cache"
     assert [path for path in cache.rglob("*.gguf") if path.parent.name != "activations"] == []
 
