@@ -3,7 +3,7 @@
 #   ARGS=...     further arguments for the command that a target runs, e.g. make test ARGS="-k ledger"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo demo-local check test test-arm64 test-model test-api test-services bench clean
+.PHONY: help setup model demo demo-local check test test-arm64 test-model test-api test-services bench bench-docs clean
 
 PY := .venv/bin/python
 FWDLLAMA := .venv/bin/fwdllama
@@ -68,7 +68,11 @@ test-services: setup ## Test servers and devices as processes, the dashboard in 
 	@touch $@
 
 bench: model .venv/.bench ## Measure every figure of the README, as JSON
+	@$(FWDLLAMA) model fetch $(MODEL) --variant fp16
 	@$(FWDLLAMA) bench $(ARGS)
+
+bench-docs: setup ## Write docs/benchmarks.md from the results in bench.json
+	@$(FWDLLAMA) bench-docs $(ARGS)
 
 clean: ## Remove .venv and everything built here (compiled llama.cpp and models stay in the user's cache)
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

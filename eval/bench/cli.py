@@ -24,12 +24,13 @@ MODEL = "smollm2-135m"
 
 def all_items() -> tuple[Item, ...]:
     """What the bench measures, in this order: later items look at what earlier ones trained."""
-    from . import backprop_race, costs, directions, plan, runs, safety
+    from . import backprop_race, costs, directions, large, paper, plan, runs, safety, scaling
     from .federation import dropout, hostile, kill, load
     from .federation import training as together
 
     training = (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM)
-    return (*training, *load.ITEMS, *kill.ITEMS, *dropout.ITEMS, *hostile.ITEMS, together.ITEM)
+    federation = (*load.ITEMS, *kill.ITEMS, *dropout.ITEMS, *hostile.ITEMS, together.ITEM)
+    return (*training, *federation, *paper.ITEMS, *large.ITEMS, *scaling.ITEMS)
 
 
 def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:

@@ -37,6 +37,7 @@ class LoadedAdapter:
         self.model, self._adapter = model, adapter
         self._contexts: list[tuple[Context, bool]] = []
         self._targets: dict[str, NDArray[np.float32] | int] = {}
+        self.addresses: dict[str, int] = {}  # of the ggml tensors, where they are written in place
         self.handle, self.writing = self._load(writing)
         log.info("adapter of %d matrices is rewritten by: %s", len(adapter.tensors), self.writing)
 
@@ -144,6 +145,7 @@ class LoadedAdapter:
                 self._targets[name] = np.ctypeslib.as_array(data).reshape(values.shape)
             else:
                 self._targets[name] = address
+        self.addresses = found
 
     def update(self, values: Values) -> None:
         """Replace the named tensors; shapes must be those of the adapter.
@@ -191,7 +193,7 @@ class LoadedAdapter:
             if on and context.handle:
                 _attach(context, self.handle, False)
         self._contexts = []
-        self._targets = {}
+        self._targets, self.addresses = {}, {}
         if self.handle:
             llama().llama_adapter_lora_free(self.handle)
             self.handle = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fwdllama_eval.bench.cli import all_items
-from fwdllama_eval.bench.measure import Bar, int4_of
+from fwdllama_eval.bench.measure import Bar, variant_of
 
 from .conftest import gives, item
 
@@ -67,6 +67,12 @@ def test_items_are_those_of_the_plan_each_with_a_bar_on_a_figure_that_is_shown()
         "federation-dropout",
         "federation-hostile",
         "federation-training",
+        "paper-fp16",
+        "paper-int8",
+        "paper-int4",
+        "memory-7b-int4",
+        "memory-7b-int8",
+        "scaling",
     ]
     assert all(bar.figure in each.shown for each in items.values() for bar in each.bars)
     assert all(each.bars for each in items.values())
@@ -74,6 +80,7 @@ def test_items_are_those_of_the_plan_each_with_a_bar_on_a_figure_that_is_shown()
     assert items["kill"].bar == "identical is yes, kills >= 10"
 
 
-def test_int4_is_a_variant_of_the_registry_only() -> None:
-    assert int4_of("smollm2-135m:int8") == "smollm2-135m:int4"
-    assert int4_of("models/mine.gguf") is None
+def test_variants_are_those_of_the_registry_only() -> None:
+    assert variant_of("smollm2-135m:int8", "int4") == "smollm2-135m:int4"
+    assert variant_of("smollm2-135m", "fp16") == "smollm2-135m:fp16"
+    assert variant_of("models/mine.gguf", "int4") is None
