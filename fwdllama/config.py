@@ -117,6 +117,7 @@ class EngineConfig(Section):
     n_gpu_layers: Annotated[int, Field(ge=0)] = 0
     n_batch: Positive = 512
     trunk: bool = True  # compute the layers below the first trained one once an example
+    keep_prompts_bytes: Positive | None = 2 << 30  # of disk, for prompts of data that are seen again, shared by all runs; None: none
 
 
 class TrainConfig(Section):

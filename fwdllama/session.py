@@ -28,6 +28,7 @@ from fwdllama.machine import check_memory, default_threads
 from fwdllama.memory import MIN_OUTPUTS, Shape, to_load, training, training_options
 from fwdllama.models import default_cache_dir
 from fwdllama.oracle import LossOracle
+from fwdllama.retention import retained
 from fwdllama.space import Space
 from fwdllama.surroundings import peak_memory_bytes
 from fwdllama.tasks import Kind
@@ -229,7 +230,9 @@ def opened(
         elif config.space.init == "activation":
             fitting = [e for e in sample if e.n_tokens <= n_ctx] or [e for e in batches.batch(0)[0] if e is not None]
             space = informed(space, config, sha256, model, context_options, fitting, trunk, hooks.on_event)
-        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, context_options, trunk=trunk))
+        data_sha256, first = file_sha256(source.path), trunk.first if trunk else 0
+        pool = retained(config, batches, context_options, options, sha256=sha256, first=first, data_sha256=data_sha256)
+        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, context_options, trunk=trunk, pool=pool))
         losses: LossOracle = ScoreOracle(oracle) if config.estimator.objective == "f1" else oracle
         hooks.on_event(
             f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {space.first_layer}-{space.last_layer}, "
@@ -248,7 +251,7 @@ def opened(
             held_out=held_out,
             invocation=encoder.invocation,
             hooks=hooks,
-            data_sha256=file_sha256(source.path),
+            data_sha256=data_sha256,
             left_out=dict(dataset.skipped),
             losses=losses,
         )

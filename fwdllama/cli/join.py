@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fwdllama.federation.work import Workplace
 
 DEVICE, LIMITS = "The device", "When it must not work"
-ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "gpu_layers", "trunk")
+ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "gpu_layers", "trunk", "keep_prompts")
 INTERRUPTED = 130
 TICK_S = 0.2
 
@@ -65,6 +65,7 @@ def register(app: typer.Typer) -> None:
         repack: o.Repack = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,
+        keep_prompts: o.KeepPrompts = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for whatever happens.")] = False,
     ) -> None:
         """Work for an aggregator with your own data, which stays here: losses are all that is sent.
@@ -83,8 +84,9 @@ def register(app: typer.Typer) -> None:
         wanted = Wanted(checked_url(url), secret, (name or platform.node() or "device")[:64], run, folder, ca_file, once)
         guard = Guard(min_battery=min_battery, only_charging=only_charging, max_temperature_c=max_temperature)
         given = {key: context.params[key] for key in ENGINE_SETTINGS if context.params[key] is not None}
-        o.configuration(given)  # refuses what cannot be
-        engine = {o.SETTINGS[key].removeprefix("engine."): value for key, value in given.items()}
+        chosen = o.configuration(given).engine  # refuses what cannot be
+        fields = [o.SETTINGS[key].removeprefix("engine.") for key in given]
+        engine = {field: getattr(chosen, field) for field in fields}
         source = Source(data, None if kind == "auto" else kind, o.label_words(labels), limit)
         if take_part(wanted, Workplace(resolve(model), source, engine), guard, as_json=as_json) == "stopped":
             raise typer.Exit(INTERRUPTED)

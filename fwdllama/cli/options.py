@@ -166,6 +166,10 @@ Trunk = Annotated[
     bool | None,
     switch("trunk", ENGINE, "Compute the layers below the first adapted one once an example."),
 ]
+KeepPrompts = Annotated[
+    str | None,
+    option(ENGINE, "Disk for the prompts' KV, in the cache folder, where data are few enough to be seen again; or no.", "2GB", metavar="SIZE"),
+]
 
 # Every option that is a setting of `fwdllama.config.TrainConfig`, by its parameter's name.
 SETTINGS: Mapping[str, str] = {
@@ -182,6 +186,7 @@ SETTINGS: Mapping[str, str] = {
     "threads": "engine.n_threads",
     "gpu_layers": "engine.n_gpu_layers",
     **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "trunk")},
+    "keep_prompts": "engine.keep_prompts_bytes",
 }
 
 
@@ -231,7 +236,13 @@ def _layers(text: str) -> tuple[int, int]:
         raise UsageError(f"--layers is {text!r}, but must be the first and the last layer, such as 9-17.") from None
 
 
-_PARSERS: Mapping[str, Callable[[str], Any]] = {"modules": _modules, "layers": _layers}
+def _keep_prompts(text: str) -> int | None:
+    from fwdllama.cli.gguf.plan import memory_size
+
+    return None if text.strip().lower() == "no" else memory_size(text, "--keep-prompts", "no, or ")
+
+
+_PARSERS: Mapping[str, Callable[[str], Any]] = {"modules": _modules, "layers": _layers, "keep_prompts": _keep_prompts}
 
 
 def label_words(text: str | None) -> dict[str, str] | None:

@@ -84,6 +84,7 @@ def register(app: typer.Typer) -> None:
         repack: o.Repack = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,
+        keep_prompts: o.KeepPrompts = None,
         eval_data: EvalData = None,
         eval_limit: EvalLimit = None,
         report: Report = None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fwdllama.config import EngineConfig
 from fwdllama.errors import AdapterError, FederationError
 from fwdllama.federation.origin import origin_of
 from fwdllama.federation.spec import RunSpec
@@ -39,7 +40,8 @@ class Workplace:
             FileError: the adapter is damaged, or does not fit the model.
             FwdllamaError: data or model cannot be used for this run; nothing was loaded where that could be told before.
         """
-        config = spec.train.model_copy(update={"engine": spec.train.engine.model_copy(update=dict(self.engine))})
+        disk = {"keep_prompts_bytes": EngineConfig().keep_prompts_bytes}  # never as much as a run asks for
+        config = spec.train.model_copy(update={"engine": spec.train.engine.model_copy(update={**disk, **self.engine})})
         info = read_model_info(self.model)
         check_adapter(initial, f"the initial adapter of run {spec.name!r}", info)
         origin = origin_of(spec, initial)

@@ -21,8 +21,8 @@ PHONES = ("8GB", "6GB")
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
-def memory_size(text: str) -> int:
-    """Bytes from `8GB`, `6.5G` or `700MiB`; units are binary, as memory is sold.
+def memory_size(text: str, option: str = "--memory", also: str = "") -> int:
+    """Bytes from `8GB`, `6.5G` or `700MiB`; units are binary, as memory is sold. `also` says what else the option may be, such as "no, or ".
 
     >>> memory_size("8GB") == 8 * 2**30
     True
@@ -32,7 +32,7 @@ def memory_size(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
-        raise UsageError(f"--memory is {text!r}, but must be a size such as 8GB or 700MB.")
+        raise UsageError(f"{option} is {text!r}, but must be {also}a size such as 8GB or 700MB.")
     return int(float(found[1]) * (1 << _UNITS[found[2].upper()]))
 
 
