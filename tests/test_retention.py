@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fwdllama.batches import RollingBatches
-from fwdllama.config import TrainConfig, make_config
+from fwdllama.checkpoint import RunDirectory
+from fwdllama.config import StepConfig, TrainConfig, make_config
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
 from fwdllama.llama.pool import Return
@@ -21,6 +22,7 @@ from fwdllama.retention import retained
 from fwdllama.session import opened
 from fwdllama.training import Hooks, Source, measure_noise, resume, train
 from fwdllama.types import Encoded
+from gguf_tools.adapter import adapter_bytes
 from gguf_tools.synth import write_tiny_llama
 from tests.questions import squad
 
@@ -166,3 +168,18 @@ def test_what_is_kept_is_for_its_owner_only(folder: Path, cache: Path) -> None:
     decoded_by_a_run(folder, config())
     (own,) = (cache / "prompts").iterdir()
     assert own.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_calibration_steps_and_their_tests_load_each_unit_of_each_batch_once(folder: Path, tmp_path: Path, accept: bool) -> None:
+    settings = config().model_copy(update={"step": StepConfig(accept=accept)})
+    with opened(settings, folder / "model.gguf", Source(folder / "squad.json"), Hooks()) as session:
+        session.load_first_batch()
+        theta = session.space.initial_theta()
+        calibration = session.calibrated(theta)
+        facts, initial = {"identity": session.identity()}, adapter_bytes(session.adapter(theta, {}))
+        with RunDirectory.create(tmp_path / "run", settings.model_dump_json(), facts, initial, eps=calibration.eps) as run:
+            session.finish(run, theta, tmp_path / "out.gguf", calibration)
+        assert session.oracle.pool is not None
+        n_held_out, n_slots, n_fresh = 1, 3, 2
+        assert session.oracle.pool.n_found + session.oracle.pool.n_kept == n_held_out + n_slots + 5 * n_fresh

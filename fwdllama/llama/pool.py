@@ -94,7 +94,7 @@ class PromptPool:
         self.n_found = self.n_kept = self._n_seen = 0
         self._begun: float | None = None
         self._closed: str | None = None  # why nothing more is added
-        if self.folder.is_dir():
+        if os.access(self.folder, os.W_OK):
             os.utime(self.folder)  # the folder that was used last is put out last
             for file in self.folder.glob(f"*{UNFINISHED}"):
                 if _changed_at(file) < time.time() - ABANDONED_S:
@@ -135,9 +135,9 @@ class PromptPool:
                 self.n_kept += 1
             else:
                 _remove(unfinished)
-        except OSError as error:
+        except (OSError, EngineError) as error:
             _remove(unfinished)
-            self._close(f"{self.folder} cannot be written ({error.strerror})")
+            self._close(f"{self.folder} cannot be written ({error})")
 
     def _has_room(self, n_bytes: int) -> bool:
         """Whether so many bytes can be added; what other identities left makes room."""
