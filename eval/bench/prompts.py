@@ -1,7 +1,6 @@
-"""What keeping prompts on disk saves on a small data set: the same training, with `--keep-prompts` and without, in turns.
+"""What keeping prompts on disk saves on a small data set: the same batches loaded with a pool and without, in turns, and their probes.
 
-The first run with it fills a pool of its own while it passes over the data, as a first run does; the second finds everything there, as a run with
-other settings on the same data does, or one that is resumed.
+Step by step in one process, because this machine's speed changes more from minute to minute than what is to be measured.
 """
 
 from __future__ import annotations
@@ -11,23 +10,24 @@ import json
 import shutil
 import time
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fwdllama.models import default_cache_dir
-from fwdllama.tasks.load import load_dataset
-from fwdllama.types import Example
+import numpy as np
 
-from .child import run
-from .measure import Bar, Bench, Item, Measured
-from .runs import train_words
+from .child import in_child
+from .measure import Bar, Bench, BenchError, Item, Measured
 
-N_QUESTIONS, N_STEPS, N_ROUNDS = 100, 20, 2
-MANNERS = {"without": "no", "filling": "2GB", "filled": "2GB"}
+if TYPE_CHECKING:
+    from fwdllama.types import Example
+
+N_QUESTIONS, N_STEPS = 100, 16  # about three passes over the questions that are not held out
+EPS = 0.01  # of a probe; any that is not zero costs the same
 
 
 def questions(source: Path, target: Path, n: int, title: str) -> Path:
     """The first n questions of a SQuAD file as a file of their own; `title` makes its digest, and so its pool, another one."""
+    from fwdllama.tasks.load import load_dataset
+
     paragraphs: list[dict[str, Any]] = []
     examples = load_dataset(source, limit=n).examples
     for context, group in itertools.groupby(examples, key=_context):
@@ -45,40 +45,87 @@ def _asked(example: Example, context: str) -> dict[str, Any]:
     return {"id": example.id, "question": example.fields["question"], "answers": answers}
 
 
+def timed_steps(model: str, data: Path, n_steps: int) -> dict[str, Any]:
+    """Seconds of loading every step's batch with a pool and without, and of its probes; whether losses agree to the bit.
+
+    Units that the pool has not seen are decoded and written by the one, those that it has are read.
+    """
+    from fwdllama.batches import grouped
+    from fwdllama.config import make_config
+    from fwdllama.direction import direction
+    from fwdllama.estimator import evaluate
+    from fwdllama.llama.oracle import LlamaOracle
+    from fwdllama.models import resolve
+    from fwdllama.session import Hooks, Source, opened
+
+    config = make_config({"budget": {"steps": n_steps}})
+    found: dict[str, Any] = {"without_s": [], "with_s": [], "probes_s": [], "n_found": [], "n_loaded": [], "same": True}
+    with opened(config, resolve(model), Source(data), Hooks()) as session:
+        own, pool = session.oracle, session.oracle.pool
+        if pool is None:
+            raise BenchError(f"no prompt returns within {n_steps} steps.")
+        with LlamaOracle(own.model, own.space, own.scope, own.context.options, trunk=own.trunk) as plain:
+            for step in range(n_steps + 1):
+                rows = [*session.held_out, *session.batches.batch(step)[0]]
+                before, theta = (pool.n_found, pool.n_found + pool.n_kept), EPS * direction(step, own.space.n_params)
+                seconds = {}
+                for oracle in (own, plain) if step % 2 else (plain, own):
+                    begun = time.perf_counter()
+                    oracle.load(rows)
+                    seconds[oracle is own] = time.perf_counter() - begun
+                    oracle.write(theta)
+                groups = grouped([*[None] * len(session.held_out), *rows[len(session.held_out) :]], config.estimator.examples_per_probe, step)
+                begun = time.perf_counter()
+                losses, members = np.full(len(rows), np.nan), sorted(row for group in groups for row in group)
+                losses[members] = own.losses(members)
+                plan = [(i, i % len(groups)) for i in range(config.estimator.rounds * len(groups))]
+                for _ in evaluate(own, theta, plan, groups, losses if config.estimator.sided == "one" else None, EPS, np.inf):
+                    pass
+                found["probes_s"].append(time.perf_counter() - begun)
+                own.write(theta)
+                found["same"] = bool(found["same"] and np.array_equal(own.losses(), plain.losses()))
+                found["without_s"].append(seconds[False])
+                found["with_s"].append(seconds[True])
+                found["n_found"].append(pool.n_found - before[0])
+                found["n_loaded"].append(pool.n_found + pool.n_kept - before[1])
+        files = list(pool.folder.iterdir())
+        found |= {"pool_bytes": sum(file.stat().st_size for file in files), "units": len(files), "n_ctx": session.units.n_ctx}
+        shutil.rmtree(pool.folder)
+    return found
+
+
 def prompt_pool(bench: Bench) -> Measured:
-    """Train in all manners in turns; steps are the same to the bit, so only their time differs."""
-    pools = default_cache_dir() / "prompts"
-    before = set(pools.glob("*"))
-    n_steps = max(2, round(bench.scale * N_STEPS))
-    seconds: dict[str, list[float]] = {manner: [] for manner in MANNERS}
-    same, line, n_bytes = True, "", 0
-    try:
-        for number in range(N_ROUNDS):
-            folder = bench.fresh("prompt-pool")
-            data = questions(bench.train_data, folder / "questions.json", N_QUESTIONS, f"round {number} at {time.time()}")
-            ledgers = set()
-            for manner, limit in MANNERS.items():
-                ran = run(bench, *train_words(bench, folder / manner, "--steps", n_steps, "--keep-prompts", limit, data=data))
-                line = ran.command if manner == "filling" else line
-                seconds[manner].append(ran.json["elapsed_s"])
-                ledgers.add((folder / manner / "run" / "ledger.bin").read_bytes())
-            same = same and len(ledgers) == 1
-            n_bytes = sum(file.stat().st_size for made in set(pools.glob("*")) - before for file in made.iterdir()) // (number + 1)
-    finally:
-        for made in set(pools.glob("*")) - before:
-            shutil.rmtree(made)
-    figures = {f"{manner}_steps_per_s": n_steps / median(times) for manner, times in seconds.items()}
-    pairs = {manner: [a / b for a, b in zip(times, seconds["without"], strict=True)] for manner, times in seconds.items()}
-    figures |= {"filling_time_ratio": median(pairs["filling"]), "prompt_share": 1 - median(pairs["filled"])}
-    return Measured({**figures, "same_ledger": same, "pool_bytes": n_bytes, "steps": n_steps, "seconds": seconds}, line)
+    """Time the steps after the first, which loads what is held out and the whole first batch."""
+    folder = bench.fresh("prompt-pool")
+    data = questions(bench.train_data, folder / "questions.json", N_QUESTIONS, f"bench at {time.time()}")  # so the pool is new
+    n_steps = max(4, round(bench.scale * N_STEPS))
+    found = in_child(timed_steps, bench.model, data, n_steps)
+    without, with_pool, probes, n_found, n_loaded = (
+        np.array(found[key][1:], np.float64) for key in ("without_s", "with_s", "probes_s", "n_found", "n_loaded")
+    )
+    read, computed = n_found == n_loaded, n_found == 0
+    figures = {
+        "without_steps_a_minute": 60 * len(probes) / (without + probes).sum(),
+        "with_steps_a_minute": 60 * len(probes) / (with_pool + probes).sum(),
+        "prompt_share": without.sum() / (without + probes).sum(),
+        "computed_s_a_unit": without.sum() / n_loaded.sum(),
+        "read_s_a_unit": with_pool[read].sum() / n_loaded[read].sum() if read.any() else None,
+        "read_ratio": float(with_pool[read].sum() / without[read].sum()) if read.any() else None,
+        "written_ratio": float(with_pool[computed].sum() / without[computed].sum()) if computed.any() else None,
+        "units_read": int(n_found.sum()),
+        "units_loaded": int(n_loaded.sum()),
+        "same_losses": found["same"],
+        **{key: found[key] for key in ("pool_bytes", "units", "n_ctx")},
+    }
+    return Measured(figures, "fwdllama bench prompt-pool")
 
 
 ITEM = Item(
     "prompt-pool",
-    "training on 100 questions with prompts kept on disk, against decoding them whenever they return",
-    (Bar("same_ledger", "is", True), Bar("filling_time_ratio", "<=", 1)),
-    ("without_steps_per_s", "filling_steps_per_s", "filled_steps_per_s", "prompt_share", "pool_bytes", "same_ledger"),
+    "steps on 100 questions with prompts kept on disk, against decoding them whenever they return",
+    (Bar("same_losses", "is", True), Bar("read_ratio", "<=", 0.1)),
+    ("without_steps_a_minute", "with_steps_a_minute", "prompt_share", "read_ratio", "written_ratio", "pool_bytes", "same_losses"),
     ("data",),
-    8,
+    2,
     prompt_pool,
 )
