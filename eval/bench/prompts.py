@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .child import in_child
-from .measure import Bar, Bench, BenchError, Item, Measured
+from .measure import Bar, Bench, BenchError, Figures, Item, Measured
 
 if TYPE_CHECKING:
     from fwdllama.types import Example
@@ -95,16 +95,20 @@ def timed_steps(model: str, data: Path, n_steps: int) -> dict[str, Any]:
 
 
 def prompt_pool(bench: Bench) -> Measured:
-    """Time the steps after the first, which loads what is held out and the whole first batch."""
+    """Steps on few questions."""
     folder = bench.fresh("prompt-pool")
     data = questions(bench.train_data, folder / "questions.json", N_QUESTIONS, f"bench at {time.time()}")  # so the pool is new
     n_steps = max(4, round(bench.scale * N_STEPS))
-    found = in_child(timed_steps, bench.model, data, n_steps)
+    return Measured(figures_of(in_child(timed_steps, bench.model, data, n_steps)), "fwdllama bench prompt-pool")
+
+
+def figures_of(found: dict[str, Any]) -> Figures:
+    """What `timed_steps` found, of the steps after the first, which loads what is held out and the whole first batch."""
     without, with_pool, probes, n_found, n_loaded = (
         np.array(found[key][1:], np.float64) for key in ("without_s", "with_s", "probes_s", "n_found", "n_loaded")
     )
     read, computed = n_found == n_loaded, n_found == 0
-    figures = {
+    return {
         "without_steps_a_minute": 60 * len(probes) / (without + probes).sum(),
         "with_steps_a_minute": 60 * len(probes) / (with_pool + probes).sum(),
         "prompt_share": without.sum() / (without + probes).sum(),
@@ -117,7 +121,6 @@ def prompt_pool(bench: Bench) -> Measured:
         "same_losses": found["same"],
         **{key: found[key] for key in ("pool_bytes", "units", "n_ctx")},
     }
-    return Measured(figures, "fwdllama bench prompt-pool")
 
 
 ITEM = Item(

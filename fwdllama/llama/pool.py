@@ -86,10 +86,12 @@ class PromptPool:
         limit_bytes: int,
         returns: Return,
         *,
+        reserve_bytes: int = RESERVE_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         named = json.dumps({"format": FORMAT, **identity}, sort_keys=True).encode()
-        self.root, self.limit_bytes, self.returns, self.clock = root, limit_bytes, returns, clock
+        self.root, self.returns, self.clock = root, returns, clock
+        self.limit_bytes, self.reserve_bytes = limit_bytes, reserve_bytes
         self.folder = root / hashlib.blake2b(named, digest_size=16).hexdigest()
         self.n_found = self.n_kept = self._n_seen = 0
         self._begun: float | None = None
@@ -146,8 +148,8 @@ class PromptPool:
             shutil.rmtree(others.pop(0), ignore_errors=True)
         if self._used() + n_bytes > self.limit_bytes:
             self._close(f"{self.root} holds {size(self._used())} of {size(self.limit_bytes)}")
-        elif shutil.disk_usage(self.folder).free - n_bytes < RESERVE_BYTES:
-            self._close(f"{self.folder} would leave less than {size(RESERVE_BYTES)} of the disk")
+        elif shutil.disk_usage(self.folder).free - n_bytes < self.reserve_bytes:
+            self._close(f"{self.folder} would leave less than {size(self.reserve_bytes)} of the disk")
         return not self._closed
 
     def _used(self) -> int:

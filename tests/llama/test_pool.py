@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fwdllama.llama import pool as module
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
@@ -212,16 +211,11 @@ def test_what_another_model_left_makes_room_the_oldest_first(path: Path, folder:
     assert pool.n_kept == 2
 
 
-def test_a_disk_that_would_be_full_or_cannot_be_written_only_ends_the_adding(
-    path: Path, tmp_path: Path, written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pools = [pool_in(tmp_path / "small")]
-    monkeypatch.setattr(module, "RESERVE_BYTES", 1 << 60)
-    found = rows_of(pools[0], path, FIRST)
-    monkeypatch.undo()
+def test_a_disk_that_would_be_full_or_cannot_be_written_only_ends_the_adding(path: Path, tmp_path: Path, written: Written) -> None:
     (tmp_path / "file").touch()
-    pools.append(pool_in(tmp_path / "file" / "pool"))
-    found += rows_of(pools[1], path, FIRST)
+    small = PromptPool(tmp_path / "small", {}, LIMIT, Return(1), reserve_bytes=1 << 60)
+    pools = [small, pool_in(tmp_path / "file" / "pool")]
+    found = [rows_of(pool, path, FIRST)[0] for pool in pools]
     assert [pool.n_kept for pool in pools] == [0, 0]
     assert not list((tmp_path / "small").glob("*/*"))
     for losses_found in found:
