@@ -119,6 +119,7 @@ class EngineConfig(Section):
     trunk: bool = True  # compute the layers below the first trained one once an example
     stage_layers: Positive | None = None  # so many of those layers are in memory at a time, before training; None: all, beside the trained ones
     states: Literal["f32", "f16"] | None = None  # what enters the first trained layer; None: f16 where it is kept on disk
+    keep_prompts_bytes: Positive | None = 2 << 30  # of disk, for prompts of data that are seen again, shared by all runs; None: none
 
 
 class TrainConfig(Section):
@@ -138,6 +139,20 @@ class TrainConfig(Section):
     def fewest_rounds(self) -> int:
         """Directions for each group of examples that a step has at least."""
         return self.estimator.rounds if self.pacing.kind == "fixed" else min(4, self.pacing.max_rounds)
+
+    def most_steps(self, n_slots: int) -> int | None:
+        """The most steps that the budget has room for, None where it is limited by time alone; every step has `fewest_rounds` probes of each group
+        of its examples, of which there are `n_slots` at least.
+
+        >>> budgets = {"probes": 100}, {"steps": 9, "probes": 1000}, {"seconds": 9}
+        >>> [TrainConfig(budget=BudgetConfig(**budget)).most_steps(8) for budget in budgets]
+        [7, 9, None]
+        """
+        n_probes = self.fewest_rounds * -(-n_slots // self.estimator.examples_per_probe)
+        limits = [] if self.budget.steps is None else [self.budget.steps]
+        if self.budget.probes is not None:
+            limits.append(-(-self.budget.probes // n_probes))
+        return min(limits, default=None)
 
     @property
     def half(self) -> bool:

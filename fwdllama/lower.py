@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fwdllama.config import BudgetConfig, TrainConfig
+from fwdllama.config import TrainConfig
 from fwdllama.errors import EngineError, UsageError
 from fwdllama.formats import size
 from fwdllama.hooks import Hooks
@@ -87,7 +87,7 @@ class Lower:
             self.shape.unit_size,
         )
         with StateStore(self._folder, self.parts.first, info.n_embd, half=self.config.half) as store:
-            drawn = material.batches.through(None if endless else self._n_steps(material))
+            drawn = material.batches.through(None if endless else self.config.most_steps(material.batches.n_slots))
             units = [Unit.of(unit) for unit in (*material.watched(), *drawn, *([e] for e in sampled))]
             missing = store.missing(units)
             if missing:
@@ -111,23 +111,3 @@ class Lower:
         options, weights = self.options, self.weights
         of = (self.origin, self.parts.first, self.config.half, options.n_ctx_seq, options.n_batch, options.kv_type, options.flash, weights)
         return default_cache_dir() / "states" / hashlib.blake2b(repr(of).encode(), digest_size=16).hexdigest()
-
-    def _n_steps(self, material: Material) -> int | None:
-        """The last step whose batch a run may load; None where its budget does not tell."""
-        config = self.config
-        return most_steps(config.budget, config.fewest_rounds, material.batches.n_slots, config.estimator.examples_per_probe)
-
-
-def most_steps(budget: BudgetConfig, rounds: int, n_slots: int, examples_per_probe: int) -> int | None:
-    """The most steps that fit a budget, None where that cannot be told; a step has `rounds` probes of every group of its examples, of which
-    there is at least one for so many of the `n_slots` units' first examples.
-
-    >>> budgets = BudgetConfig(probes=100), BudgetConfig(steps=9, probes=1000), BudgetConfig(seconds=9)
-    >>> [most_steps(budget, rounds=8, n_slots=8, examples_per_probe=4) for budget in budgets]
-    [7, 9, None]
-    """
-    n_probes = rounds * -(-n_slots // examples_per_probe)
-    limits = [] if budget.steps is None else [budget.steps]
-    if budget.probes is not None:
-        limits.append(-(-budget.probes // n_probes))
-    return min(limits, default=None)

@@ -31,6 +31,7 @@ from fwdllama.material import Source, material
 from fwdllama.memory import Shape, to_load, training, training_options
 from fwdllama.models import default_cache_dir
 from fwdllama.oracle import LossOracle
+from fwdllama.retention import retained
 from fwdllama.space import Space
 from fwdllama.surroundings import peak_memory_bytes
 from fwdllama.trainer import Clock, Trainer
@@ -188,7 +189,8 @@ def opened(
             space = replace(space, a=a)
         elif sampled:
             space = informed(space, config, sha256, model, options, sampled, below, hooks.on_event)
-        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, options, trunk=below))
+        pool = retained(config, made.batches, options, weights, sha256=sha256, first=below.first if below else 0, data_sha256=data_sha256)
+        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, options, trunk=below, pool=pool))
         losses: LossOracle = ScoreOracle(oracle) if config.estimator.objective == "f1" else oracle
         hooks.on_event(
             f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {space.first_layer}-{space.last_layer}, "

@@ -105,7 +105,8 @@ def measure_noise(config: TrainConfig, model_path: Path, source: Source, hooks: 
         FwdllamaError: anything else that a user can mend.
         FileError: the model's file is unfit.
     """
-    with opened(config, model_path, source, hooks) as session:
+    engine = config.engine.model_copy(update={"keep_prompts_bytes": None})  # nothing is written
+    with opened(config.model_copy(update={"engine": engine}), model_path, source, hooks) as session:
         session.load_first_batch()
         return session.timed(session.space.initial_theta())
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fwdllama.guard import Guard
 
 DEVICE = "The device"
-ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "gpu_layers", "trunk", "stage_layers", "states")
+ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "gpu_layers", "trunk", "stage_layers", "states", "keep_prompts")
 INTERRUPTED = 130
 TICK_S = 0.2
 
@@ -68,6 +68,7 @@ def register(app: typer.Typer) -> None:
         stage_layers: o.StageLayers = None,
         states: o.States = None,
         memory_budget: o.MemoryBudget = None,
+        keep_prompts: o.KeepPrompts = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for whatever happens.")] = False,
     ) -> None:
         """Work for an aggregator with your own data, which stays here: losses are all that is sent.
@@ -86,8 +87,9 @@ def register(app: typer.Typer) -> None:
         given = d.completed(context.params)
         guard = d.guard_of(given)
         settings = {key: given[key] for key in ENGINE_SETTINGS if given[key] is not None}
-        o.configuration(settings)  # refuses what cannot be
-        engine = {o.SETTINGS[key].removeprefix("engine."): value for key, value in settings.items()}
+        chosen = o.configuration(settings).engine  # refuses what cannot be
+        fields = [o.SETTINGS[key].removeprefix("engine.") for key in settings]
+        engine = {field: getattr(chosen, field) for field in fields}
         source = Source(data, None if kind == "auto" else kind, o.label_words(labels), limit)
         memory = None if given["memory_budget"] is None else o.memory_size(given["memory_budget"])
         place = Workplace(resolve(model), source, engine, memory, o.kept(context.params))

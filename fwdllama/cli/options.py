@@ -171,6 +171,10 @@ Trunk = Annotated[
     bool | None,
     switch("trunk", ENGINE, "Compute the layers below the first adapted one once an example."),
 ]
+KeepPrompts = Annotated[
+    str | None,
+    option(ENGINE, "Disk for the prompts' KV, in the cache folder, where data are few enough to be seen again; or no.", "2GB", metavar="SIZE"),
+]
 
 StageLayers = Annotated[
     int | None,
@@ -215,6 +219,7 @@ SETTINGS: Mapping[str, str] = {
     "threads": "engine.n_threads",
     "gpu_layers": "engine.n_gpu_layers",
     **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "n_batch", "trunk", "stage_layers", "states")},
+    "keep_prompts": "engine.keep_prompts_bytes",
 }
 # What `--memory-budget` may change, by the option that keeps it as it is.
 CHANGES: Mapping[str, Change] = {
@@ -230,8 +235,8 @@ CHANGES: Mapping[str, Change] = {
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
-def memory_size(text: str, name: str = "--memory-budget") -> int:
-    """Bytes from `8GB`, `6.5G` or `700MiB`, given as the option `name`; units are binary, as memory is sold.
+def memory_size(text: str, name: str = "--memory-budget", also: str = "") -> int:
+    """Bytes from `8GB`, `6.5G` or `700MiB`, given as the option `name`; units are binary, as memory is sold. `also` says what else it may be.
 
     >>> memory_size("8GB") == 8 * 2**30
     True
@@ -241,7 +246,7 @@ def memory_size(text: str, name: str = "--memory-budget") -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
-        raise UsageError(f"{name} is {text!r}, but must be a size such as 8GB or 700MB.")
+        raise UsageError(f"{name} is {text!r}, but must be {also}a size such as 8GB or 700MB.")
     return int(float(found[1]) * (1 << _UNITS[found[2].upper()]))
 
 
@@ -296,7 +301,11 @@ def _layers(text: str) -> tuple[int, int]:
         raise UsageError(f"--layers is {text!r}, but must be the first and the last layer, such as 9-17.") from None
 
 
-_PARSERS: Mapping[str, Callable[[str], Any]] = {"modules": _modules, "layers": _layers}
+def _keep_prompts(text: str) -> int | None:
+    return None if text.strip().lower() == "no" else memory_size(text, "--keep-prompts", "no, or ")
+
+
+_PARSERS: Mapping[str, Callable[[str], Any]] = {"modules": _modules, "layers": _layers, "keep_prompts": _keep_prompts}
 
 
 def label_words(text: str | None) -> dict[str, str] | None:

@@ -95,6 +95,7 @@ def register(app: typer.Typer) -> None:
         stage_layers: o.StageLayers = None,
         states: o.States = None,
         memory_budget: o.MemoryBudget = None,
+        keep_prompts: o.KeepPrompts = None,
         min_battery: d.MinBattery = None,
         only_charging: d.OnlyCharging = None,
         max_temperature: d.MaxTemperature = None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fwdllama.config import EngineConfig
 from fwdllama.errors import AdapterError, FederationError
 from fwdllama.federation.origin import origin_of
 from fwdllama.federation.spec import RunSpec
@@ -45,7 +46,8 @@ class Workplace:
             FileError: the adapter is damaged, or does not fit the model.
             FwdllamaError: data or model cannot be used for this run; nothing was loaded where that could be told before.
         """
-        config = spec.train.model_copy(update={"engine": spec.train.engine.model_copy(update=dict(self.engine))})
+        disk = {"keep_prompts_bytes": EngineConfig().keep_prompts_bytes}  # never as much as a run asks for
+        config = spec.train.model_copy(update={"engine": spec.train.engine.model_copy(update={**disk, **self.engine})})
         if self.memory_bytes is not None:
             config = fitted(config, self.model, self.source, self.memory_bytes, kept=SHARED | self.kept, on_event=self.hooks.on_event)
         info = read_model_info(self.model)

@@ -1,7 +1,7 @@
 """`LlamaOracle`: losses of a batch of examples under an adapter, computed by llama.cpp.
 
-Scope `answer`: prompts are decoded once a batch with the adapter off; every loss then drops the cells behind the prompts and decodes
-only invocation and target with the adapter on, about a tenth of the tokens. Scope `all`: the prompt is part of every loss.
+Scope `answer`: prompts are decoded once a batch, or with a `PromptPool` once, with the adapter off; every loss then drops the cells behind the
+prompts and decodes only invocation and target with the adapter on, about a tenth of the tokens. Scope `all`: the prompt is part of every loss.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fwdllama.errors import DataError
 from fwdllama.llama.adapter import LoadedAdapter, Writing
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
+from fwdllama.llama.pool import PromptPool, Unit
 from fwdllama.llama.prompts import fill
 from fwdllama.llama.trunk import Below
 from fwdllama.loss import choice_nll, token_nll
@@ -77,10 +78,15 @@ class LlamaOracle:
         options: ContextOptions,
         *,
         trunk: Below | None = None,
+        pool: PromptPool | None = None,
         writing: Writing | None = None,
     ) -> None:
-        """`model` is the whole model, or with a `trunk` the top that belongs to it; names in `space` are the whole model's."""
+        """`model` is the whole model, or with a `trunk` the top that belongs to it; names in `space` are the whole model's.
+
+        A `pool` is for scope `answer`, and of the identity of this very model, context and trunk.
+        """
         self.model, self.space, self.scope, self.trunk = model, space, scope, trunk
+        self.pool = pool if scope == "answer" else None
         adapter = Adapter(
             architecture=model.info.architecture,
             alpha=space.alpha,
@@ -92,7 +98,7 @@ class LlamaOracle:
         self.adapter = LoadedAdapter(model, adapter, writing=writing)
         self.context = Context(model, options)
         self._units: dict[int, _Unit] = {}
-        self._states: dict[int, NDArray[np.float32]] = {}  # with a trunk: what enters the top, of whole examples
+        self._states: dict[int, NDArray[np.float32]] = {}  # with a trunk: what enters the top, of whole examples, or what losses decode of them
         self._rows: list[_Row | None] = []
         self._prompts: list[NDArray[np.int32] | None] = []
 
@@ -118,7 +124,7 @@ class LlamaOracle:
     def load(self, examples: Sequence[Encoded | None]) -> None:
         """Make `examples` the batch; None leaves a row empty.
 
-        In scope `answer` this decodes their prompts, except those of units whose rows hold what they held before.
+        In scope `answer` this decodes their prompts, except those of units whose rows hold what they held before or that the pool has.
 
         Raises:
             DataError: too many examples, or one that does not fit its sequence.
@@ -141,14 +147,26 @@ class LlamaOracle:
         for key, members in after.items():
             rows = [row for row, *_ in members]
             if key not in kept:
-                states.update(self._trunk_states(rows))
-                if self.scope == "answer":
-                    fill(self.context, self._prompts, rows, states=states if self.trunk else None)
+                states.update(self._trunk_states(rows) if self.scope == "all" else self._prompted(rows))
         for row, values in states.items():
-            self._row(row).tokens = values[self._row(row).start :]
+            self._row(row).tokens = values[-len(self._row(row).tokens) :]
         self._states = states
         self._units = after
         self.adapter.attach(self.context, True)
+
+    def _prompted(self, rows: list[int]) -> dict[int, NDArray[np.float32]]:
+        """Have a unit's prompts in the context; with a trunk, what enters the top behind each of them."""
+        prompts = [prompt for row in rows if (prompt := self._prompts[row]) is not None]
+        behind = [np.asarray(self._row(row).tokens, np.int32) for row in rows] if self.trunk else []
+        unit = Unit(rows, prompts, behind)
+        found = self.pool.restore(self.context, unit) if self.pool else None
+        if found is None:
+            states = self._trunk_states(rows)
+            fill(self.context, self._prompts, rows, states=states if self.trunk else None)
+            found = [states[row][self._row(row).start :].copy() for row in rows if row in states]  # what is before them need not be held
+            if self.pool:
+                self.pool.keep(self.context, unit, found)
+        return dict(zip(rows, found, strict=False))
 
     def _trunk_states(self, rows: list[int]) -> dict[int, NDArray[np.float32]]:
         if self.trunk is None:

@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel
 
 from fwdllama.cli import main
-from fwdllama.cli.options import DEFAULT_SECONDS, SETTINGS, configuration, label_words, say_defaults
+from fwdllama.cli.options import DEFAULT_SECONDS, SETTINGS, configuration, label_words, memory_size, say_defaults
 from fwdllama.config import TrainConfig, make_config
 from fwdllama.errors import UsageError
 
@@ -64,6 +64,8 @@ def test_help_says_the_default_that_holds(name: str, parameters: dict[str, Any])
         assert not re.fullmatch(r"[\d.]*|{}", said[1]), "a value is said, but nothing is set"
     elif isinstance(value, bool):
         assert said[1] == (name if value else f"no-{name}")
+    elif SETTINGS[name].endswith("_bytes"):
+        assert memory_size(said[1]) == value
     else:
         assert said[1] == (",".join(value) if isinstance(value, tuple) else str(value))
 
@@ -107,6 +109,8 @@ def test_what_is_given_reaches_its_setting() -> None:
     assert (config.budget.steps, config.budget.seconds) == (7, None)
     assert config.pacing.kind == "variance"
     assert configuration({"layers": "4"}).space.layers == (4, 4)
+    assert configuration({"keep_prompts": "700MB"}).engine.keep_prompts_bytes == 700 << 20
+    assert configuration({"keep_prompts": "no"}).engine.keep_prompts_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,7 @@ def test_what_is_given_reaches_its_setting() -> None:
         ({"layers": "a-b"}, "--layers is 'a-b', but must be the first and the last layer, such as 9-17."),
         ({"layers": "1-2-3"}, "--layers is '1-2-3', but must be the first and the last layer, such as 9-17."),
         ({"kv_type": "f8"}, "--kv-type: Input should be 'f16', "),
+        ({"keep_prompts": "all"}, "--keep-prompts is 'all', but must be no, or a size such as 8GB or 700MB."),
         ({"units": 1, "fresh": 2}, "fresh 2 cannot exceed units 1"),
     ],
 )
