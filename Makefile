@@ -41,7 +41,7 @@ ARM64 := tests/portability tests/federation tests/llama/test_adapter.py tests/ll
 	tests/server/test_aggregate.py tests/server/test_signatures.py tests/gguf_tools/test_gguf_adapter.py tests/gguf_tools/test_gguf_model.py \
 	$(patsubst %,tests/test_%.py,batches checkpoint direction estimator ledger loss oracle pacing sampler space step trainer)
 # Android 15 has pages of 16 KiB; what maps files and counts pages is run with those too.
-PAGES := tests/gguf_tools/test_gguf_model.py tests/gguf_tools/test_gguf_split.py tests/llama/test_model.py tests/llama/test_trunk.py
+PAGES := tests/gguf_tools/test_gguf_model.py tests/gguf_tools/test_gguf_split.py tests/llama/test_model.py tests/llama/test_seam.py
 
 test-arm64: setup ## Run what phones exchange and the engine on emulated AArch64, and compare (apt install qemu-user-static g++-aarch64-linux-gnu)
 	@.ci/arm64
