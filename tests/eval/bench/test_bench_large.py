@@ -18,9 +18,10 @@ BOUND = large.Bound("q4_0", 400 * MIB, 300 * MIB, 2000 * MIB, 2000 * MIB)
 @pytest.fixture(autouse=True)
 def named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(large.NAMES, BOUND, "memory-7b-tiny")
-    monkeypatch.setitem(large.NAMES, replace(BOUND, whole_limit=8 * MIB), "memory-7b-too-small")
+    monkeypatch.setitem(large.NAMES, replace(BOUND, whole_limit=40 * MIB), "memory-7b-too-small")
 
 
+@pytest.mark.service
 def test_a_small_shape_gives_every_figure_and_leaves_nothing_behind(bench: Bench) -> None:
     found = large.large(BOUND, bench, SHAPE).figures
     assert found["completed"]
@@ -35,9 +36,10 @@ def test_a_small_shape_gives_every_figure_and_leaves_nothing_behind(bench: Bench
     assert [path for path in cache.rglob("*.gguf") if path.parent.name != "activations"] == []
 
 
+@pytest.mark.service
 def test_a_run_that_does_not_fit_its_limit_is_no_result_and_leaves_no_model(bench: Bench) -> None:
-    with pytest.raises(BenchError, match=r"ended with .* under a hard limit of 8\.0 MiB"):
-        large.large(replace(BOUND, whole_limit=8 * MIB), bench, SHAPE)
+    with pytest.raises(BenchError, match=r"ended with .* under a hard limit of 40\.0 MiB"):
+        large.large(replace(BOUND, whole_limit=40 * MIB), bench, SHAPE)
     assert list((bench.work.parent / "cache").rglob("random-*.gguf")) == []
 
 
