@@ -127,8 +127,8 @@ def test_each_prompt_is_decoded_once_in_all_passes_of_all_runs(folder: Path) -> 
     [
         (config(budget={"steps": 2}), True),  # 3 + 2 x 2 of 6
         (config(budget={"steps": 1}), False),  # 3 + 2 x 1
-        (config(budget={"probes": 4}), True),  # two groups a step
-        (config(budget={"probes": 2}), False),
+        (config(budget={"probes": 2}), True),  # a group a step, where every unit is short
+        (config(budget={"probes": 1}), False),
         (config(budget={"seconds": 9.0}), True),  # the pace will tell
         (config(budget={"seconds": 9.0, "steps": 1}), False),
         (config(limit=None), False),

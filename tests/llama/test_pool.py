@@ -63,7 +63,7 @@ def opened(path: Path, pool: PromptPool | None, *, first: int = 0, **changes: An
     trunk = Trunk(parts, options, ModelOptions(), n_seq=3) if parts else None
     try:
         with (
-            Model(parts.top if parts else path) as model,
+            Model(parts.top if parts else path, needs_vocabulary=parts is None) as model,
             LlamaOracle(model, space, "answer", options, trunk=trunk, pool=pool) as oracle,
         ):
             yield oracle

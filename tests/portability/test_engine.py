@@ -11,7 +11,7 @@ from tests.portability.engine import ENGINE, losses
 GOLDEN = {
     "base requantised from Q4_1 to Q8_0": "bec8b2a93834b6c22bb73bed1acda72c60b72ca46d56df739c0861afddcb9d59",
     "base requantised from F16 to Q8_0": "083bebb95cd7271aecde4b3f4f01ff06f8ff27b6ea458138360002429fce7f14",
-    "upper layers of a base": "7a9ac824da892ebd5768cbbc92c92131a1ad63cf9cb94567d816b6a83d1d80d8",
+    "upper layers of a base": "e030e9b59fac25ed590c72160fc21e03cd3a5e80493341f85c557d1f014da88b",
     "tokens of texts": "b61031171cd4280d0ce4f63c67e879ce36ab100def53b8c296a2b1e13fc8aa1b",
 }
 # Mean losses in nats of the four examples on x86-64 with AVX2, and how far other processors' kernels may be from them: twice what AArch64 was.

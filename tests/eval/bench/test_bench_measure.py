@@ -53,6 +53,7 @@ def test_items_are_those_of_the_plan_each_with_a_bar_on_a_figure_that_is_shown()
         "probe-cost",
         "memory",
         "start",
+        "prompt-pool",
         "plan",
         "determinism",
         "kill",
