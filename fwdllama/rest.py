@@ -10,21 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fwdllama.formats import clock, percent
+from fwdllama.formats import clock
 from fwdllama.guard import Guard
+from fwdllama.pause import Pause
 from fwdllama.throttle import Throttle
 
 TICK_S = 0.2  # how soon Ctrl-C is noticed, and a display counts on
 LEAST_S = 1e-3  # a rest so short is none, and may be less than a clock can tell
-
-
-@dataclass(frozen=True)
-class Pause:
-    """What a display may show: why it rests (`share` 0) or works less; None where it works as usual. `rested_s` since the start."""
-
-    why: str | None
-    share: float
-    rested_s: float
 
 
 @dataclass
@@ -82,16 +74,3 @@ class Rest:
             self.tell(f"working less until it is cooler: {self._heat}")
         elif share < 1 and self._throttle.share == 1:
             self.tell(f"cool again: working all the time, after {clock(self.rested_s)} of rest")
-
-
-def paced(pause: Pause) -> str:
-    """A pause in a few words, empty where there is none.
-
-    >>> paced(Pause("the battery is at 20%, below 30%", 0.0, 12.0))
-    'resting: the battery is at 20%, below 30%'
-    >>> paced(Pause("cpu-0 has 91 °C, above 80 °C", 0.4, 12.0))
-    'working 40% of the time: cpu-0 has 91 °C, above 80 °C'
-    """
-    if pause.why is None:
-        return ""
-    return f"resting: {pause.why}" if pause.share == 0 else f"working {percent(pause.share)} of the time: {pause.why}"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fwdllama.guard import MIN_MEMORY_BYTES, Guard
-from fwdllama.rest import TICK_S, Pause, Rest, paced
+from fwdllama.pause import Pause, paced
+from fwdllama.rest import TICK_S, Rest
 from fwdllama.sensor import Reading
 from fwdllama.throttle import COOL_BY_C, LEAST, Throttle
 

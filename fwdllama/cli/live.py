@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fwdllama.formats import clock, number, percent, size
-from fwdllama.rest import Pause, paced
+from fwdllama.pause import Pause, paced
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig
