@@ -92,10 +92,10 @@ def cgroup_limit_bytes(proc: Path = PROC, sys_root: Path = SYS) -> int | None:
     return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
-def available_bytes() -> int:
+def available_bytes(proc: Path = PROC, sys_root: Path = SYS) -> int:
     """Memory that this process can still take: the machine's, or what its control group leaves of a lower limit."""
-    available, _ = memory_bytes()
-    limit = cgroup_limit_bytes()
+    available, _ = memory_bytes(proc)
+    limit = cgroup_limit_bytes(proc, sys_root)
     if limit is None:
         return available
     held = psutil.Process().memory_info()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from fwdllama.formats import clock
 from fwdllama.guard import Guard
+from fwdllama.pause import Pause
 from fwdllama.throttle import Throttle
-from fwdllama.types import Pause
 
 TICK_S = 0.2  # how soon Ctrl-C is noticed, and a display counts on
 LEAST_S = 1e-3  # a rest so short is none, and may be less than a clock can tell

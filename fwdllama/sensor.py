@@ -40,7 +40,7 @@ def read(root: Path = Path("/")) -> Reading:
     zones = [(_degrees(path, 1000), told(path.with_name("type"))) for path in root.glob("sys/class/thermal/thermal_zone*/temp")]
     places = [(value, name) for value, name in (*zones, (supplies.battery_c, "the battery")) if value is not None]
     hottest_c, hottest = max(places, key=lambda place: place[0], default=(None, None))
-    return Reading(supplies.battery, supplies.charging, supplies.battery_c, hottest_c, hottest, available_bytes())
+    return Reading(supplies.battery, supplies.charging, supplies.battery_c, hottest_c, hottest, available_bytes(root / "proc", root / "sys"))
 
 
 def read_supplies(root: Path = Path("/")) -> Reading:

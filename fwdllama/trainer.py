@@ -80,14 +80,12 @@ class Trainer:
             self.oracle.write(self.theta)
             self.directory.save(replace(self.state, best_loss=self._held_out_loss()))
         while self.state.finished is None:
-            self._rest()
-            if self.stop():
-                break
             reason = self._spent()
             if reason is not None:
                 self._finish(reason)
                 break
-            if not self._step():
+            self._rest()
+            if self.stop() or not self._step():
                 break
         return self.state
 

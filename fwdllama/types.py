@@ -72,12 +72,3 @@ class Staged:
     of: int
     done: float  # 0 to 1, of everything
     elapsed_s: float
-
-
-@dataclass(frozen=True)
-class Pause:
-    """What a display may show: why it rests (`share` 0) or works less; None where it works as usual. `rested_s` since the start."""
-
-    why: str | None
-    share: float
-    rested_s: float

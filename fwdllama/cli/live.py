@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fwdllama.formats import clock, number, percent, size
-from fwdllama.types import Pause
+from fwdllama.pause import Pause, paced
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig
@@ -207,16 +207,3 @@ def sparkline(values: list[float]) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     step = (high - low) / (len(BARS) - 1) or 1.0
     return "".join(BARS[int((value - low) / step)] if abs(value) < float("inf") else " " for value in values)
-
-
-def paced(pause: Pause) -> str:
-    """A pause in a few words, empty where there is none.
-
-    >>> paced(Pause("the battery is at 20%, below 30%", 0.0, 12.0))
-    'resting: the battery is at 20%, below 30%'
-    >>> paced(Pause("cpu-0 has 91 °C, above 80 °C", 0.4, 12.0))
-    'working 40% of the time: cpu-0 has 91 °C, above 80 °C'
-    """
-    if pause.why is None:
-        return ""
-    return f"resting: {pause.why}" if pause.share == 0 else f"working {percent(pause.share)} of the time: {pause.why}"

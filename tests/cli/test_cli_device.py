@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from fwdllama.checkpoint import State
+from fwdllama.cli.summary import Wanted
+from fwdllama.cli.train import end
+from fwdllama.errors import ResourceError
+from fwdllama.session import Outcome
+
 from .conftest import SMALL, Run
 
 PROGRAM = "import sys; from fwdllama.cli.main import run; sys.exit(run(sys.argv[1:]))"
@@ -104,3 +110,13 @@ def test_limits_of_a_resumed_run_are_those_it_was_started_with_unless_others_are
     facts.write_text(json.dumps({**told, "device": {"min_battery": 7}}))
     assert run("resume", "adapter-run").error == "--min-battery is 7, but must be between 0 and 1."
     assert run("resume", "adapter-run", "--min-battery", 0, "--steps", 1).code == 0
+
+
+def test_a_run_that_its_device_forbids_is_a_failure_that_says_how_to_go_on(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = Outcome(State(step=2), {}, None, None)
+    with pytest.raises(ResourceError) as caught:
+        end(adapter.parent / "adapter-run", outcome, Wanted(), "only 40.0 MiB of memory are free")
+    assert str(caught.value) == (
+        "only 40.0 MiB of memory are free, so training stopped before the system would have ended it. Close other programs, then go on as above."
+    )
+    assert "go on with: fwdllama resume adapter-run" in capsys.readouterr().err
