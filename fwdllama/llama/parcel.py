@@ -87,6 +87,7 @@ def pack(
             write(state[literal].tobytes())
             write(state[section].reshape(shape)[:, n_shared:].tobytes())
         literals.append(layout.literals)
+        del state  # before the next is asked for: at 7B it may be 100 MB
     for values in states:
         write(np.ascontiguousarray(values, np.float32).tobytes())
     index = {"literals": literals, "sections": first.sections if first else (), "states": [values.shape for values in states]}

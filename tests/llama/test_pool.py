@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
-from fwdllama.llama.pool import PromptPool, Return
+from fwdllama.llama.pool import PromptPool, Return, Unit
 from fwdllama.llama.trunk import Trunk
 from fwdllama.space import build_space
 from fwdllama.types import Encoded
@@ -140,6 +141,25 @@ def test_a_common_beginning_is_stored_once(folder: Path) -> None:
     expected = [bytes_a_cell * cells + 4 * 64 * behind for cells, behind in zip(n_cells, n_behind, strict=True)]
     sizes = sorted(file.stat().st_size for file in folder.glob("*/*"))
     assert [0 < size - cells < 1000 for size, cells in zip(sizes, expected, strict=True)] == [True] * 3
+
+
+def test_no_more_than_one_sequence_is_in_memory_at_a_time(path: Path, tmp_path: Path) -> None:
+    rows = [example for example in unit(1, 400, (20, 19, 18, 17)) if example is not None]
+    pool = pool_in(tmp_path)
+    prompts = Unit(range(4), [np.array(example.prompt, np.int32) for example in rows], [])
+    with opened(path, None) as oracle:
+        oracle.load(rows)
+        for row, prompt in enumerate(prompts.prompts):
+            oracle.context.forget(row, len(prompt))
+        largest = len(oracle.context.saved(0))
+        tracemalloc.start()
+        try:
+            assert pool.restore(oracle.context, prompts) is None
+            pool.keep(oracle.context, prompts, [])
+            assert pool.restore(oracle.context, prompts) == []
+            assert tracemalloc.get_traced_memory()[1] < 1.75 * largest  # it, and what belongs to one of three layers
+        finally:
+            tracemalloc.stop()
 
 
 def damaged(folder: Path, kind: str) -> None:
