@@ -116,6 +116,7 @@ class EngineConfig(Section):
     flash: bool = False  # flash attention makes a loss depend on what else is decoded with it, by up to 0.07 nats
     n_gpu_layers: Annotated[int, Field(ge=0)] = 0
     n_batch: Positive = 512
+    together: Positive = 16  # examples of one decode of probes, each probe with a theta of its own; 1: one probe after the other
     trunk: bool = True  # compute the layers below the first trained one once an example
 
 
@@ -131,6 +132,11 @@ class TrainConfig(Section):
     batch: BatchConfig = BatchConfig()
     budget: BudgetConfig
     engine: EngineConfig = EngineConfig()
+
+    @property
+    def n_places(self) -> int:
+        """Probes that are evaluated in one decode."""
+        return max(1, self.engine.together // self.estimator.examples_per_probe)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

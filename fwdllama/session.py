@@ -229,7 +229,7 @@ def opened(
         elif config.space.init == "activation":
             fitting = [e for e in sample if e.n_tokens <= n_ctx] or [e for e in batches.batch(0)[0] if e is not None]
             space = informed(space, config, sha256, model, context_options, fitting, trunk, hooks.on_event)
-        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, context_options, trunk=trunk))
+        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, context_options, trunk=trunk, n_places=config.n_places))
         losses: LossOracle = ScoreOracle(oracle) if config.estimator.objective == "f1" else oracle
         hooks.on_event(
             f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {space.first_layer}-{space.last_layer}, "
