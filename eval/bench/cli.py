@@ -24,12 +24,12 @@ MODEL = "smollm2-135m"
 
 def all_items() -> tuple[Item, ...]:
     """What the bench measures, in this order: later items look at what earlier ones trained."""
-    from . import backprop_race, costs, directions, plan, runs, safety
+    from . import backprop_race, costs, directions, examples, plan, runs, safety, speed
     from .federation import dropout, hostile, kill, load
     from .federation import training as together
 
-    training = (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM)
-    return (*training, *load.ITEMS, *kill.ITEMS, *dropout.ITEMS, *hostile.ITEMS, together.ITEM)
+    training = (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *speed.ITEMS, *examples.ITEMS)
+    return (*training, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM, *load.ITEMS, *kill.ITEMS, *dropout.ITEMS, *hostile.ITEMS, together.ITEM)
 
 
 def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a probe costs: against its share of a large batch, against a naive loop, against llama.cpp alone, and how many examples it should see.
+"""What a probe costs: against its share of a large batch, against a naive loop, against llama.cpp alone; and time that is not llama.cpp's.
 
 Only times count in the first three, so their examples are random tokens, of equal length: nothing is padded, and any model can be given.
 What is compared alternates, because a machine that slows down must slow both.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,6 @@ BATCH = 16
 ROUNDS = 15
 NAIVE_ROUNDS = 5
 EPS = 0.01  # of a probe; any that is not zero costs the same
-SIZES = (1, 2, 4, 8)  # examples a probe
-RATIOS = (3, 5, 20, 230)  # E|g_i|^2 / |g|^2 of single examples: untrained, at losses of 2.2, 1.5 and 1.06 (LOG.md)
-SLOPES = 192  # probes of each size
 LARGE = 2e9  # weights from which on a model counts as one of the 7B kind
 ALLOWED = {False: 0.06, True: 0.005}  # share of a step's time outside llama_decode: small models, large ones
 STEPS = 6
@@ -144,15 +140,20 @@ def naive_times(model: str) -> dict[str, float]:
     """Seconds of a probe of one example: ours, and with a whole model, a whole prompt and an adapter that is written and loaded."""
     with oracles(model, BATCH, naive=True) as found:
         ours, naive = found["ours"], found["naive"]
-        acts = {"ours": lambda turn: _beside(ours, 1, turn), "naive": lambda turn: _alone(naive, [turn % BATCH], turn)}
+        acts = {
+            "ours": lambda turn: _beside(ours, 1, turn),
+            "by_itself": lambda turn: _alone(ours, [turn % BATCH], turn),
+            "naive": lambda turn: _alone(naive, [turn % BATCH], turn),
+        }
         seconds = alternating(acts, NAIVE_ROUNDS)
-    return {"ours": seconds["ours"] / BATCH, "naive": seconds["naive"]}
+    return {**seconds, "ours": seconds["ours"] / BATCH}
 
 
 def probe_naive(bench: Bench) -> Measured:
     """Time both."""
     found = in_child(naive_times, bench.model)
-    figures = {"factor": found["naive"] / found["ours"], "ours_ms": 1000 * found["ours"], "naive_ms": 1000 * found["naive"]}
+    figures = {"factor": found["naive"] / found["ours"], "factor_by_itself": found["naive"] / found["by_itself"]}
+    figures |= {f"{name}_ms": 1000 * seconds for name, seconds in found.items()}
     return Measured({**figures, "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS}, "fwdllama bench probe-naive")
 
 
@@ -160,32 +161,28 @@ def throughputs(model: str) -> dict[str, float]:
     """Tokens a second of probes, and of llama_decode given the same tokens and no adapter."""
     with oracles(model, BATCH) as found:
         ours = found["ours"]
-
-        def raw(_turn: int) -> None:
-            ours.losses()
-
         before = ours.n_decoded
         _beside(ours, 1, 0)
         n_tokens = ours.n_decoded - before
-        seconds = {"probes": [], "raw": []}  # type: dict[str, list[float]]
+        seconds: dict[str, list[float]] = {"probes": [], "raw": []}
         for turn in range(ROUNDS):
             begun = time.perf_counter()
             _beside(ours, 1, turn)
             seconds["probes"].append(time.perf_counter() - begun)
             ours.adapter.attach(ours.context, False)
-            raw(turn)  # switching the adapter rebuilds buffers
+            ours.losses()  # switching the adapter rebuilds graphs and buffers
             inside = ours.context.decode_s
-            raw(turn)
+            ours.losses()
             seconds["raw"].append(ours.context.decode_s - inside)
             ours.adapter.attach(ours.context, True)
-            raw(turn)
+            ours.losses()
     return {name: n_tokens / median(values) for name, values in seconds.items()}
 
 
 def throughput(bench: Bench) -> Measured:
     """Time both."""
     found = in_child(throughputs, bench.model)
-    figures = {"ratio": found["probes"] / found["raw"], "probes_tokens_per_s": found["probes"], "raw_tokens_per_s": found["raw"]}
+    figures = {"ratio": found["probes"] / found["raw"], "probe_rate": found["probes"], "raw_rate": found["raw"]}  # tokens a second
     return Measured(figures, "fwdllama bench throughput")
 
 
@@ -231,7 +228,7 @@ ITEMS = (
         "probe-naive",
         "a probe against a naive loop: whole model and prompt, an adapter file a probe",
         (Bar("factor", ">=", 12),),
-        ("factor", "ours_ms", "naive_ms", "prompt_tokens"),
+        ("factor", "factor_by_itself", "ours_ms", "naive_ms", "prompt_tokens"),
         (),
         0.5,
         probe_naive,
@@ -239,8 +236,8 @@ ITEMS = (
     Item(
         "throughput",
         "tokens a second of probes against llama_decode of the same tokens",
-        (Bar("ratio", ">=", 0.9),),
-        ("ratio", "probes_tokens_per_s", "raw_tokens_per_s"),
+        (),
+        ("ratio", "probe_rate", "raw_rate"),
         (),
         0.5,
         throughput,

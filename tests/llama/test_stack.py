@@ -122,7 +122,8 @@ def test_a_theta_that_is_not_finite_is_refused_before_anything_is_computed_with_
     with make(model) as oracle:
         theta = drawn(oracle)[0]
         theta[5] = np.inf
-        with pytest.raises(EngineError, match=r"^blk\.0\.attn_q\.weight\.lora_b would hold numbers that are not finite: the steps before have diverged\.$"):
+        said = r"^blk\.0\.attn_q\.weight\.lora_b would hold numbers that are not finite: the steps before have diverged\.$"
+        with pytest.raises(EngineError, match=said):
             oracle.place(0, theta)
 
 
