@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 SEED_BITS = 64
 Bits = NDArray[np.uint8]
+_SIGNS = 1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.float32)  # (256, 8), by byte
 
 
 def packed_bits(seed: int, n_params: int) -> Bits:
@@ -60,9 +61,21 @@ def direction(seed: int, n_params: int) -> NDArray[np.float32]:
     return unpack(packed_bits(seed, n_params), n_params)
 
 
-def unpack(bits: Bits, n_params: int) -> NDArray[np.float32]:
-    """Bits as signs: 0 becomes +1, 1 becomes -1."""
-    z = np.unpackbits(bits, count=n_params, bitorder="little").astype(np.float32)
-    z *= np.float32(-2.0)
-    z += np.float32(1.0)
-    return z
+def unpack(bits: Bits, n_params: int, length: float | np.float32 = 1.0) -> NDArray[np.float32]:
+    """Bits as signs, 0 becomes +1, 1 becomes -1, times `length`.
+
+    The eight numbers of a byte are looked up together, so that nothing but the result is in memory.
+    """
+    table: NDArray[np.float32] = _SIGNS * np.float32(length)
+    return table.take(bits, axis=0).reshape(-1)[:n_params]  # a tenth of the time of table[bits]
+
+
+def moved(theta: NDArray[np.float32], bits: Bits, distance: float | np.float32) -> NDArray[np.float32]:
+    """Theta + distance z.
+
+    >>> moved(np.ones(4, np.float32), np.array([0b0101], np.uint8), 0.25)
+    array([0.75, 1.25, 0.75, 1.25], dtype=float32)
+    """
+    place = unpack(bits, theta.size, distance)
+    place += theta
+    return place

@@ -16,9 +16,9 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fwdllama.direction import Bits, packed_bits, unpack
+from fwdllama.direction import Bits, moved, packed_bits
 from fwdllama.loss import bounded
-from fwdllama.oracle import Losses, LossOracle
+from fwdllama.oracle import Losses, LossOracle, SideBySide
 
 Sided = Literal["one", "two"]
 Nats = TypeVar("Nats", float, NDArray[np.float64])
@@ -60,23 +60,34 @@ def evaluate(
     eps: float,
     limit: float = math.inf,  # nats, above which a loss counts ever less
 ) -> Iterator[Probe]:
-    """Evaluate the probes of `plan` one after the other; theta itself is never changed, so nothing drifts.
+    """Evaluate the probes of `plan`, in its order and as many at once as the oracle can; theta itself is never changed, so nothing drifts.
 
     Slopes are those of `bounded` losses.
     """
-    for seed, group in plan:
-        bits = packed_bits(seed, theta.size)
-        offset = unpack(bits, theta.size)
-        offset *= np.float32(eps)
-        rows = groups[group]
-        oracle.write(theta + offset)
-        plus = float(bounded(oracle.losses(rows), limit).mean())
-        if base is None:
-            oracle.write(theta - offset)
-            minus = float(bounded(oracle.losses(rows), limit).mean())
-        else:
-            minus = float(bounded(base[list(rows)], limit).mean())
-        yield Probe(seed, group, plus, minus, bits)
+    at_once = oracle.n_places if isinstance(oracle, SideBySide) else 1
+    for begin in range(0, len(plan), at_once):
+        block = plan[begin : begin + at_once]
+        drawn = [packed_bits(seed, theta.size) for seed, _ in block]
+        chosen = [groups[group] for _, group in block]
+        plus = _losses(oracle, theta, drawn, np.float32(eps), chosen)
+        minus = _losses(oracle, theta, drawn, -np.float32(eps), chosen) if base is None else [base[list(rows)] for rows in chosen]
+        for (seed, group), bits, up, down in zip(block, drawn, plus, minus, strict=True):
+            yield Probe(seed, group, float(bounded(up, limit).mean()), float(bounded(down, limit).mean()), bits)
+
+
+def _losses(
+    oracle: LossOracle, theta: NDArray[np.float32], drawn: Sequence[Bits], distance: np.float32, groups: Sequence[Sequence[int]]
+) -> list[Losses]:
+    """Losses of each group at theta + distance z, with a z of its own."""
+    if len(drawn) > 1 and isinstance(oracle, SideBySide):
+        for index, bits in enumerate(drawn):
+            oracle.place(index, moved(theta, bits, distance))
+        return oracle.losses_beside(groups)
+    found = []
+    for bits, rows in zip(drawn, groups, strict=True):
+        oracle.write(moved(theta, bits, distance))
+        found.append(oracle.losses(rows))
+    return found
 
 
 def centred_slopes(probes: Sequence[Probe], eps: float, sided: Sided) -> NDArray[np.float64]:

@@ -116,8 +116,8 @@ def evaluation(info: ModelInfo, options: ContextOptions, weights: ModelOptions, 
 
 
 def _losses(info: ModelInfo) -> Item:
-    """`fwdllama.loss.token_nll`: some logits less their maximum, and the exponentials of that."""
-    return Item("losses from logits", 2 * 4 * max(info.n_vocab, VALUES_AT_ONCE))
+    """`fwdllama.loss.token_nll`: exponentials of some logits."""
+    return Item("losses from logits", 4 * max(info.n_vocab, VALUES_AT_ONCE))
 
 
 def training_options(config: TrainConfig, shape: Shape, n_threads: int) -> ContextOptions:
@@ -198,4 +198,5 @@ def _theta(space: Space, config: TrainConfig) -> Item:
     n_space = sum(space.rank * (matrix.n_in + matrix.n_out) for matrix in space.matrices)
     groups = -(-config.batch.units * config.batch.per_unit // config.estimator.examples_per_probe)
     directions = groups * config.estimator.rounds * space.n_params // 8
-    return Item("adapter, theta and directions", 4 * (SPACE_COPIES * n_space + THETA_COPIES * space.n_params) + directions)
+    beside = config.n_places * 4 * space.n_params if config.n_places > 1 and config.space.scope == "answer" else 0
+    return Item("adapter, theta and directions", 4 * (SPACE_COPIES * n_space + THETA_COPIES * space.n_params) + directions + beside)

@@ -7,7 +7,7 @@ of the estimator need no statistics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,16 +31,31 @@ class LossOracle(Protocol):
         """Mean negative log-likelihood per target token, in nats, of the batch's `rows` in that order (default: all examples)."""
 
 
+@runtime_checkable
+class SideBySide(LossOracle, Protocol):
+    """An oracle that can hold several thetas at once and evaluate groups of rows at one each, for less than one after the other."""
+
+    n_places: int
+
+    def place(self, index: int, theta: NDArray[np.float32]) -> None:
+        """Have theta at place `index`, beside those of other places; what `write` wrote may be lost."""
+
+    def losses_beside(self, groups: Sequence[Sequence[int]]) -> list[Losses]:
+        """As `losses` of each group's rows, with the theta of place i for groups[i]."""
+
+
 class QuadraticOracle:
     """L_i(theta) = 1/2 (theta - centre_i)^T diag(curvature) (theta - centre_i): a central difference along any z is exact.
 
     Example i of the batch is the one whose `prompt[0]` picks the row of `centres`, so that data order matters as in real life.
     """
 
-    def __init__(self, centres: NDArray[np.float64], curvature: NDArray[np.float64]) -> None:
+    def __init__(self, centres: NDArray[np.float64], curvature: NDArray[np.float64], *, n_places: int = 1) -> None:
         self.centres = centres  # (n_examples, n_params)
         self.curvature = curvature  # (n_params,)
         self.theta = np.zeros(centres.shape[1], np.float64)
+        self.n_places = n_places
+        self._places: dict[int, NDArray[np.float32]] = {}
         self.n_evaluations = 0
         self._batch: list[int] = []
 
@@ -60,6 +75,18 @@ class QuadraticOracle:
         self.n_evaluations += len(chosen)
         away = self.theta - self.centres[chosen]
         return np.asarray(0.5 * (away**2 * self.curvature).sum(axis=1), np.float64)
+
+    def place(self, index: int, theta: NDArray[np.float32]) -> None:
+        """Keep theta for place `index`."""
+        self._places[index] = theta.copy()
+
+    def losses_beside(self, groups: Sequence[Sequence[int]]) -> list[Losses]:
+        """The losses of each group at its own place's theta."""
+        found = []
+        for index, rows in enumerate(groups):
+            self.write(self._places[index])
+            found.append(self.losses(rows))
+        return found
 
     def gradient(self, row: int) -> NDArray[np.float64]:
         """Exact gradient of example `row` of the batch at theta, (n_params,)."""

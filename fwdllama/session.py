@@ -190,7 +190,9 @@ def opened(
         elif sampled:
             space = informed(space, config, sha256, model, options, sampled, below, hooks.on_event)
         pool = retained(config, made.batches, options, weights, sha256=sha256, first=below.first if below else 0, data_sha256=data_sha256)
-        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, options, trunk=below, pool=pool))
+        oracle = resources.enter_context(
+            LlamaOracle(model, space, config.space.scope, options, trunk=below, pool=pool, n_places=config.n_places)
+        )
         losses: LossOracle = ScoreOracle(oracle) if config.estimator.objective == "f1" else oracle
         hooks.on_event(
             f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {space.first_layer}-{space.last_layer}, "

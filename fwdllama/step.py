@@ -84,9 +84,7 @@ def combined(bits: Iterable[Bits], coefficients: Sequence[float] | NDArray[np.fl
     total = np.zeros(n_params, np.float32)
     for packed, coefficient in zip(bits, coefficients, strict=True):
         if coefficient != 0.0:
-            z = unpack(packed, n_params)
-            z *= np.float32(coefficient)
-            total += z
+            total += unpack(packed, n_params, coefficient)
     return total
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fwdllama import direction as module
-from fwdllama.direction import direction, packed_bits, unpack
+from fwdllama.direction import direction, moved, packed_bits, unpack
 from tests.reference import signs
 
 SEEDS = st.integers(0, (1 << 64) - 1)
@@ -68,3 +68,11 @@ def test_a_seed_that_is_no_unsigned_64_bit_number_is_refused(seed: int) -> None:
 
 def test_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("n_params", [1, 8, 13, 1000])
+def test_a_moved_theta_is_bit_equal_to_theta_plus_the_distance_times_z(n_params: int) -> None:
+    theta = np.random.default_rng(n_params).standard_normal(n_params).astype(np.float32)
+    distance = np.float32(0.0213)
+    for signed in (distance, -distance):
+        assert np.array_equal(moved(theta, packed_bits(9, n_params), signed), theta + signed * direction(9, n_params))

@@ -72,6 +72,21 @@ def test_a_two_sided_slope_is_exactly_the_gradient_along_its_direction() -> None
     assert centred_slopes(probes, EPS, "two").tolist() == expected
 
 
+@pytest.mark.parametrize("sided", ["one", "two"])
+def test_probes_side_by_side_are_those_evaluated_one_after_the_other(sided: str) -> None:
+    plan = [(seed, seed % 3) for seed in range(7)]
+    found = []
+    for n_places in (1, 3):
+        oracle = QuadraticOracle(dyadic(N_EXAMPLES, N_PARAMS), CURVATURE, n_places=n_places)
+        oracle.load([Encoded(str(i), (i,), (), (0,)) for i in range(N_EXAMPLES)])
+        oracle.write(THETA)
+        base = oracle.losses() if sided == "one" else None
+        probes = evaluate(oracle, THETA, plan, [[0, 2], [1], [3, 4]], base, EPS, limit=3.0)
+        found.append([(probe.seed, probe.group, probe.loss_plus, probe.loss_minus, probe.bits.tolist()) for probe in probes])
+    assert found[0] == found[1]
+    assert len(found[0]) == len(plan)
+
+
 def test_a_one_sided_slope_less_its_curvature_is_exactly_the_gradient_along_its_direction() -> None:
     rows = [[0], [1, 3]]
     plan = [(21, 0), (22, 1), (23, 0)]

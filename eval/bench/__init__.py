@@ -9,6 +9,8 @@ runs            training and scoring on real questions; the demo
 backprop_race   forward-only against back-propagation
 directions      a direction for each example against one for the whole batch
 costs           of a probe, of memory, of starting
+speed           a probe against what it could cost, and time that is not the engine's
+examples        how many examples a probe should see
 plan            planned memory against measured
 safety          equal ledgers, and runs that are killed
 federation      an aggregator under load, killed, lied to

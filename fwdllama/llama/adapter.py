@@ -37,7 +37,7 @@ class LoadedAdapter:
         self.model, self._adapter = model, adapter
         self._contexts: list[tuple[Context, bool]] = []
         self._targets: dict[str, NDArray[np.float32] | int] = {}
-        self.addresses: dict[str, int] = {}  # of the ggml tensors, where they are written in place
+        self.addresses: dict[str, int] = {}  # of the tensors whose numbers are this process's own memory
         self.handle, self.writing = self._load(writing)
         log.info("adapter of %d matrices is rewritten by: %s", len(adapter.tensors), self.writing)
 
@@ -102,7 +102,7 @@ class LoadedAdapter:
         try:
             self._capture(handle)
         except EngineError:
-            self._targets = {}
+            self._targets, self.addresses = {}, {}
             llama().llama_adapter_lora_free(handle)
             raise
         return handle
@@ -143,9 +143,9 @@ class LoadedAdapter:
             if library.ggml_backend_buffer_is_host(head.buffer):
                 data = (ctypes.c_float * values.size).from_address(library.ggml_get_data(address))
                 self._targets[name] = np.ctypeslib.as_array(data).reshape(values.shape)
+                self.addresses[name] = address
             else:
                 self._targets[name] = address
-        self.addresses = found
 
     def update(self, values: Values) -> None:
         """Replace the named tensors; shapes must be those of the adapter.
@@ -153,9 +153,7 @@ class LoadedAdapter:
         Raises:
             EngineError: a number is not finite; the adapter stays as it was.
         """
-        for name, new in values.items():
-            if not np.isfinite(new).all():
-                raise EngineError(f"{name} would hold numbers that are not finite: the steps before have diverged.")
+        check_finite(values)
         if self.writing == "in-place":
             for name, new in values.items():
                 target = self._targets[name]
@@ -197,6 +195,17 @@ class LoadedAdapter:
         if self.handle:
             llama().llama_adapter_lora_free(self.handle)
             self.handle = 0
+
+
+def check_finite(values: Values) -> None:
+    """llama.cpp computes with anything.
+
+    Raises:
+        EngineError: a number is not finite.
+    """
+    for name, new in values.items():
+        if not np.isfinite(new).all():
+            raise EngineError(f"{name} would hold numbers that are not finite: the steps before have diverged.")
 
 
 def _attach(context: Context, handle: int, on: bool) -> None:

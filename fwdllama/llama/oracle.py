@@ -6,6 +6,7 @@ prompts and decodes only invocation and target with the adapter on, about a tent
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,18 +14,22 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from fwdllama.errors import DataError
-from fwdllama.llama.adapter import LoadedAdapter, Writing
+from fwdllama.errors import DataError, EngineError
+from fwdllama.llama.adapter import LoadedAdapter, Values, Writing, check_finite
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
+from fwdllama.llama.packing import Need, packed
 from fwdllama.llama.pool import PromptPool, Unit
 from fwdllama.llama.prompts import fill
+from fwdllama.llama.stack import Stack
 from fwdllama.llama.trunk import Below
 from fwdllama.loss import choice_nll, token_nll
 from fwdllama.oracle import Losses
 from fwdllama.space import Space
 from fwdllama.types import Encoded, Scope
 from gguf_tools.adapter import Adapter
+
+log = logging.getLogger("fwdllama.llama")
 
 
 @dataclass
@@ -80,10 +85,12 @@ class LlamaOracle:
         trunk: Below | None = None,
         pool: PromptPool | None = None,
         writing: Writing | None = None,
+        n_places: int = 1,
     ) -> None:
         """`model` is the whole model, or with a `trunk` the top that belongs to it; names in `space` are the whole model's.
 
         A `pool` is for scope `answer`, and of the identity of this very model, context and trunk.
+        `n_places` thetas can be evaluated in one decode, if the adapter and the scope allow it; else the attribute is 1.
         """
         self.model, self.space, self.scope, self.trunk = model, space, scope, trunk
         self.pool = pool if scope == "answer" else None
@@ -96,11 +103,24 @@ class LlamaOracle:
             metadata={},
         )
         self.adapter = LoadedAdapter(model, adapter, writing=writing)
-        self.context = Context(model, options)
+        self._own_names = {name: self._own_name(name) for name, _ in space.views(space.initial_theta())}
+        self._stack = self._stacked(n_places)
+        self.n_places = n_places if self._stack else 1
+        self.context = Context(model, options, eval_callback=self._stack.look if self._stack else None)
         self._units: dict[int, _Unit] = {}
         self._states: dict[int, NDArray[np.float32]] = {}  # with a trunk: what enters the top, of whole examples, or what losses decode of them
         self._rows: list[_Row | None] = []
         self._prompts: list[NDArray[np.int32] | None] = []
+
+    def _stacked(self, n_places: int) -> Stack | None:
+        """In scope `all` prompts are decoded with each theta, sequence by sequence, so there is nothing to put together."""
+        if n_places < 2 or self.scope == "all":
+            return None
+        try:
+            return Stack(self.adapter, {name: v.shape for name, v in self._values(self.space.initial_theta()).items()}, n_places)
+        except EngineError as error:
+            log.info("probes are computed one after the other: %s", error)
+            return None
 
     @property
     def capacity(self) -> int:
@@ -189,7 +209,10 @@ class LlamaOracle:
 
     def write(self, theta: NDArray[np.float32]) -> None:
         """Put theta into the adapter."""
-        self.adapter.update({self._own_name(name): values for name, values in self.space.views(theta)})
+        self.adapter.update(self._values(theta))
+
+    def _values(self, theta: NDArray[np.float32]) -> Values:
+        return {self._own_names[name]: values for name, values in self.space.views(theta)}
 
     def _own_name(self, name: str) -> str:
         """The tensor's name in the model that is loaded: a top's layers are numbered from 0."""
@@ -205,9 +228,45 @@ class LlamaOracle:
             prompts = [p if i in wanted else None for i, p in enumerate(self._prompts)]
             fill(self.context, prompts, states=self._states if self.trunk else None)
         found: dict[int, float] = {}
-        for group in self._groups(sorted(set(chosen))):
+        apart = [[row] for row in sorted(set(chosen))]
+        for indices in packed(apart, self._need, self.context.options):
+            group = [apart[i][0] for i in indices]
             found.update(zip(group, self._group_losses(group), strict=True))
         return np.array([found[r] for r in chosen], np.float64)
+
+    def place(self, index: int, theta: NDArray[np.float32]) -> None:
+        """Have theta at place `index`, beside those of other places."""
+        assert self._stack is not None
+        values = self._values(theta)
+        check_finite(values)
+        self._stack.write(index, values)
+
+    def losses_beside(self, groups: Sequence[Sequence[int]]) -> list[Losses]:
+        """As `losses` of each group's rows, with the theta of place i for groups[i]; what `write` wrote may be lost."""
+        found: list[Losses] = []
+        for indices in packed(groups, self._need, self.context.options):
+            found += self._beside(indices[0], [groups[i] for i in indices])
+        return found
+
+    def _beside(self, first: int, groups: list[Sequence[int]]) -> list[Losses]:
+        """Losses of groups that one decode can hold, with the thetas of the places from `first` on."""
+        assert self._stack is not None
+        if len(groups) > 1 and self.n_places > 1:
+            rows = [row for group in groups for row in group]
+            n_tokens = len(groups[0]) * max(self._need(row).n_tokens for row in rows)
+            try:
+                with self._stack.beside(first, len(groups), n_tokens):
+                    losses = self._group_losses(rows)
+            except EngineError as error:
+                log.info("probes are computed one after the other: %s", error)
+                self.n_places = 1
+            else:
+                return list(np.array(losses, np.float64).reshape(len(groups), -1))
+        found: list[Losses] = []
+        for index, group in enumerate(groups, first):
+            self.adapter.update(self._stack.values(index))
+            found.append(self.losses(group))
+        return found
 
     def _row(self, index: int) -> _Row:
         row = self._rows[index]
@@ -215,23 +274,9 @@ class LlamaOracle:
             raise DataError(f"row {index} of the batch is empty.")
         return row
 
-    def _groups(self, chosen: list[int]) -> list[list[int]]:
-        """Split rows into decodes of consecutive sequences (others would be taken one by one) within tokens, outputs and cells."""
-        options, groups = self.context.options, []
-        group: list[int] = []
-        for r in chosen:
-            together = [self._row(i) for i in (*group, r)]
-            width = max(len(row.tokens) for row in together)
-            if group and (
-                r != group[-1] + 1
-                or len(together) * width > options.n_batch
-                or sum(len(row.target) for row in together) > options.n_outputs
-                or max(row.start for row in together) + width > options.n_ctx_seq
-            ):
-                groups.append(group)
-                group = []
-            group.append(r)
-        return [*groups, group] if group else groups
+    def _need(self, index: int) -> Need:
+        row = self._row(index)
+        return Need(row.start, len(row.tokens), len(row.target))
 
     def _group_losses(self, group: list[int]) -> list[float]:
         width = max(len(self._row(r).tokens) for r in group)
