@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fwdllama.guard import Guard
 
 DEVICE = "The device"
-ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "gpu_layers", "trunk", "stage_layers", "states", "keep_prompts")
+ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "together", "gpu_layers", "trunk", "stage_layers", "states", "keep_prompts")
 INTERRUPTED = 130
 TICK_S = 0.2
 
@@ -62,6 +62,7 @@ def register(app: typer.Typer) -> None:
         mmap: o.Mmap = None,
         repack: o.Repack = None,
         n_batch: o.NBatch = None,
+        together: o.Together = None,
         nice: d.Nice = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,

@@ -171,6 +171,10 @@ Trunk = Annotated[
     bool | None,
     switch("trunk", ENGINE, "Compute the layers below the first adapted one once an example."),
 ]
+Together = Annotated[
+    int | None,
+    option(ENGINE, "Examples in a decode of probes, each probe with numbers of its own; 1: one probe after the other.", SET, metavar="N"),
+]
 KeepPrompts = Annotated[
     str | None,
     option(ENGINE, "Disk for the prompts' KV, in the cache folder, where data are few enough to be seen again; or no.", "2GB", metavar="SIZE"),
@@ -218,7 +222,7 @@ SETTINGS: Mapping[str, str] = {
     **{name: f"budget.{name}" for name in ("seconds", "steps", "probes", "patience")},
     "threads": "engine.n_threads",
     "gpu_layers": "engine.n_gpu_layers",
-    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "n_batch", "trunk", "stage_layers", "states")},
+    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "n_batch", "together", "trunk", "stage_layers", "states")},
     "keep_prompts": "engine.keep_prompts_bytes",
 }
 # What `--memory-budget` may change, by the option that keeps it as it is.

@@ -89,6 +89,7 @@ def register(app: typer.Typer) -> None:
         mmap: o.Mmap = None,
         repack: o.Repack = None,
         n_batch: o.NBatch = None,
+        together: o.Together = None,
         nice: d.Nice = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,

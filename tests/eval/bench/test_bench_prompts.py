@@ -17,6 +17,7 @@ def test_questions_are_the_first_of_the_file_with_their_paragraphs_and_answers(b
     assert list(made) == list(load_dataset(bench.train_data).examples[:5])
 
 
+@pytest.mark.service
 def test_each_unit_is_computed_once_and_then_read_and_the_pool_is_removed(bench: Bench) -> None:
     found = prompts.timed_steps(bench.model, bench.train_data, 2)
     assert found["same"] is True

@@ -8,6 +8,7 @@ import pytest
 from fwdllama_eval.bench import scaling
 
 
+@pytest.mark.service
 def test_every_curve_has_a_positive_cost_at_each_size_and_the_parts_are_removed(model: Path, tmp_path: Path) -> None:
     found = scaling.curves(str(model), tmp_path, n_timed=1)
     assert [x for x, _ in found["tokens_all"]] == list(scaling.TOKENS)
