@@ -105,6 +105,8 @@ class LlamaOracle:
         self.adapter = LoadedAdapter(model, adapter, writing=writing)
         self._own_names = {name: self._own_name(name) for name, _ in space.views(space.initial_theta())}
         self._stack = self._stacked(n_places)
+        # llama.cpp goes on in the last layer with the tokens that have logits: where that layer is adapted, each theta must have equally many.
+        self._is_last_adapted = space.last_layer - (trunk.first if trunk else 0) == model.n_layers - 1
         self.n_places = n_places if self._stack else 1
         self.context = Context(model, options, eval_callback=self._stack.look if self._stack else None)
         self._units: dict[int, _Unit] = {}
@@ -251,12 +253,14 @@ class LlamaOracle:
     def _beside(self, first: int, groups: list[Sequence[int]]) -> list[Losses]:
         """Losses of groups that one decode can hold, with the thetas of the places from `first` on."""
         assert self._stack is not None
-        if len(groups) > 1 and self.n_places > 1:
+        n_outputs = max(sum(self._need(row).n_outputs for row in group) for group in groups)
+        has_room = not self._is_last_adapted or len(groups) * n_outputs <= self.context.options.n_outputs
+        if len(groups) > 1 and self.n_places > 1 and has_room:
             rows = [row for group in groups for row in group]
             n_tokens = len(groups[0]) * max(self._need(row).n_tokens for row in rows)
             try:
-                with self._stack.beside(first, len(groups), n_tokens):
-                    losses = self._group_losses(rows)
+                with self._stack.beside(first, len(groups), n_tokens, n_outputs):
+                    losses = self._group_losses(rows, (len(groups), n_outputs) if self._is_last_adapted else None)
             except EngineError as error:
                 log.info("probes are computed one after the other: %s", error)
                 self.n_places = 1
@@ -278,7 +282,8 @@ class LlamaOracle:
         row = self._row(index)
         return Need(row.start, len(row.tokens), len(row.target))
 
-    def _group_losses(self, group: list[int]) -> list[float]:
+    def _group_losses(self, group: list[int], even: tuple[int, int] | None = None) -> list[float]:
+        """Losses of rows that one decode can hold; `even` is a number of equal parts, and the logits that each must ask for."""
         width = max(len(self._row(r).tokens) for r in group)
         shape = (len(group), width)
         wants = np.zeros(shape, np.int8)
@@ -292,13 +297,17 @@ class LlamaOracle:
             sequences[i] = r
             wants[i, row.first : len(row.tokens)] = 1
             self.context.forget(r, row.start)
+        if even:
+            for part in wants.reshape(even[0], -1):
+                part[np.flatnonzero(part == 0)[: even[1] - int(part.sum())]] = 1
+        place = np.cumsum(wants) - 1  # of each token's logits
         logits = self.context.decode(tokens.reshape(shape[0] * shape[1], *tokens.shape[2:]), positions.ravel(), sequences.ravel(), wants.ravel())
         assert logits is not None
-        losses, start = [], 0
-        for r in group:
+        losses = []
+        for i, r in enumerate(group):
             row = self._row(r)
+            start = int(place[i * width + row.first])
             mine = logits[start : start + len(row.target)]
-            start += len(row.target)
             if len(row.choices):
                 losses.append(choice_nll(mine[0], row.choices, int(row.target[0])))
             else:
