@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -21,6 +20,7 @@ from fwdllama.llama.model import Model
 from fwdllama.llama.packing import Need, packed
 from fwdllama.llama.pool import PromptPool, Unit
 from fwdllama.llama.prompts import fill
+from fwdllama.llama.row import Members, Row, n_behind, row_of, units_of
 from fwdllama.llama.stack import Stack
 from fwdllama.llama.trunk import Below
 from fwdllama.loss import choice_nll, token_nll
@@ -30,46 +30,6 @@ from fwdllama.types import Encoded, Scope
 from gguf_tools.adapter import Adapter
 
 log = logging.getLogger("fwdllama.llama")
-
-
-@dataclass
-class _Row:
-    """What a loss decodes for one example: tokens behind the prompt, and which of them predict the target."""
-
-    start: int  # position of the first invocation token
-    tokens: NDArray[np.int32] | NDArray[np.float32]  # invocation + target[:-1], or what they are at the entrance of the top
-    first: int  # index in tokens of the one that predicts target[0]
-    target: NDArray[np.int32]
-    choices: NDArray[np.int32]
-
-
-def _row(example: Encoded) -> _Row:
-    return _Row(
-        len(example.prompt),
-        np.array(example.invocation + example.target[:-1], np.int32),
-        len(example.invocation) - 1,
-        np.array(example.target, np.int32),
-        np.array(example.choices, np.int32),
-    )
-
-
-def _n_behind(example: Encoded) -> int:
-    """Tokens that a loss decodes behind the example's prompt."""
-    return len(example.invocation) + len(example.target) - 1
-
-
-_Unit = list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # rows, their prompts, and what else was computed in advance
-
-
-def _units(examples: Sequence[Encoded | None], *, trunk: bool) -> dict[int, _Unit]:
-    """Rows whose prompts are decoded together, by unit; an example without one is a unit of its own, numbered below zero by row."""
-    units: dict[int, _Unit] = {}
-    for row, example in enumerate(examples):
-        if example is not None:
-            key = example.unit if example.unit is not None else -1 - row
-            behind = example.invocation + example.target[:-1] if trunk else ()
-            units.setdefault(key, []).append((row, example.prompt, behind))
-    return units
 
 
 class LlamaOracle:
@@ -109,9 +69,9 @@ class LlamaOracle:
         self._is_last_adapted = space.last_layer - (trunk.first if trunk else 0) == model.n_layers - 1
         self.n_places = n_places if self._stack else 1
         self.context = Context(model, options, eval_callback=self._stack.look if self._stack else None)
-        self._units: dict[int, _Unit] = {}
+        self._units: dict[int, Members] = {}
         self._states: dict[int, NDArray[np.float32]] = {}  # with a trunk: what enters the top, of whole examples, or what losses decode of them
-        self._rows: list[_Row | None] = []
+        self._rows: list[Row | None] = []
         self._prompts: list[NDArray[np.int32] | None] = []
 
     def _stacked(self, n_places: int) -> Stack | None:
@@ -159,9 +119,9 @@ class LlamaOracle:
             if example is not None:
                 self._check(example)
         before, self._units = self._units, {}  # a decode that fails leaves nothing that could pass for kept
-        self._rows = [None if e is None else _row(e) for e in examples]
+        self._rows = [None if e is None else row_of(e) for e in examples]
         self._prompts = [None if e is None else np.array(e.prompt, np.int32) for e in examples]
-        after = _units(examples, trunk=self.trunk is not None)
+        after = units_of(examples, trunk=self.trunk is not None)
         if self.scope == "answer":
             self.adapter.attach(self.context, False)
         kept = {key for key, members in after.items() if before.get(key) == members}
@@ -201,9 +161,9 @@ class LlamaOracle:
         options = self.context.options
         if not example.invocation or not example.target:
             raise DataError(f"example {example.id} has no invocation or no answer, so nothing predicts the answer.")
-        if _n_behind(example) > options.n_batch or len(example.target) > options.n_outputs:
+        if n_behind(example) > options.n_batch or len(example.target) > options.n_outputs:
             raise DataError(
-                f"example {example.id} has {_n_behind(example)} tokens behind its prompt and {len(example.target)} to predict; "
+                f"example {example.id} has {n_behind(example)} tokens behind its prompt and {len(example.target)} to predict; "
                 f"one decode holds {options.n_batch} and {options.n_outputs}."
             )
         if not self.fits(example):
@@ -272,7 +232,7 @@ class LlamaOracle:
             found.append(self.losses(group))
         return found
 
-    def _row(self, index: int) -> _Row:
+    def _row(self, index: int) -> Row:
         row = self._rows[index]
         if row is None:
             raise DataError(f"row {index} of the batch is empty.")
