@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from fwdllama.checkpoint import read_metrics
 from fwdllama.guard import MIN_MEMORY_BYTES, SHARE, Guard
 from fwdllama.pause import Pause, paced
 from fwdllama.rest import TICK_S, Rest
 from fwdllama.throttle import COOL_BY_C, LEAST, Throttle
+from fwdllama.trainer import Clock, Progress
+from tests.test_trainer import config, trained
 
 PROBE_S = 0.5
 
@@ -160,6 +163,29 @@ def test_short_memory_ends_a_run_and_a_rest(made: Callable[..., Run]) -> None:
     assert 60 <= run.probes(1) <= 66
     assert run.rest.ended == "only 64.0 MiB of memory are free"
     assert run.probes(5) == 5 * PROBE_S, "it never waits again"
+
+
+def test_a_run_that_rests_and_runs_short_of_memory_is_resumed_to_the_ledger_of_the_unbroken_one(made: Callable[..., Run], tmp_path: Path) -> None:
+    run = made()
+    phone, rest = run.phone, run.rest
+
+    def happen(progress: Progress) -> None:
+        phone.pass_(10.0, working=True)  # longer than between two looks
+        if progress.metrics is not None and progress.state.step == 1:
+            phone.power(20, "Discharging")
+            phone.later = [(phone.now + 30, lambda: phone.power(90, "Discharging"))]
+        if progress.state.step == 2:
+            phone.memory(40 << 20)
+
+    unbroken = trained(tmp_path / "unbroken", config())
+    clock = Clock(now=lambda: phone.now)
+    state = trained(tmp_path / "run", config(), on_progress=happen, rest=rest, stop=lambda: rest.ended is not None, clock=clock)
+    assert (state.step, state.finished, rest.ended) == (2, None, "only 40.0 MiB of memory are free")
+    assert run.said[1] == "going on"
+    assert rest.rested_s >= 30
+    n_probes = sum(row["n_probes"] for row in read_metrics(tmp_path / "run"))
+    assert state.elapsed_s == 10.0 * (n_probes + 1), "of the first step's metrics; rests are not among them"
+    assert trained(tmp_path / "run", config()).ledger == unbroken.ledger
 
 
 def test_a_slow_look_is_a_rare_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

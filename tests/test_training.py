@@ -16,9 +16,7 @@ import pytest
 from fwdllama.checkpoint import RunDirectory, read_facts, read_metrics
 from fwdllama.config import TrainConfig, make_config, read_config
 from fwdllama.errors import DataError, ResourceError, RunError
-from fwdllama.guard import Guard
 from fwdllama.ledger import read_ledger, replay
-from fwdllama.rest import Rest
 from fwdllama.space import MODULES
 from fwdllama.trainer import Progress
 from fwdllama.training import Hooks, Outcome, Source, measure_noise, resume, train
@@ -186,33 +184,6 @@ def test_a_run_that_was_killed_is_resumed_to_the_bytes_of_the_unbroken_one(
 
     with pytest.raises(KeyboardInterrupt):
         files.train(on_progress=interrupt)
-    resume(files.run, Hooks())
-    assert files.left() == unbroken["squad"][0].left()
-
-
-def test_a_run_that_rests_and_then_runs_short_of_memory_stops_and_is_resumed_to_the_bytes_of_the_unbroken_one(
-    tmp_path: Path, unbroken: dict[str, tuple[Files, Outcome]]
-) -> None:
-    def write(name: str, text: str) -> None:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-
-    def happen(progress: Progress) -> None:
-        if progress.state.step == 1:
-            write("sys/class/power_supply/b/capacity", "20")
-        if progress.state.step == 2:
-            write("proc/meminfo", "MemTotal: 7700000 kB\nMemAvailable: 40000 kB\n")
-
-    for name, text in {"type": "Battery", "status": "Discharging", "capacity": "90"}.items():
-        write(f"sys/class/power_supply/b/{name}", text)
-    charge = lambda seconds: write("sys/class/power_supply/b/capacity", "90")  # noqa: E731
-    said: list[str] = []
-    rest = Rest(Guard(root=tmp_path, every_s=0.0), tell=said.append, sleep=charge)
-    files = Files(unbroken["squad"][0].root, "rested")
-    outcome = files.train(on_progress=happen, rest=rest, stop=lambda: rest.ended is not None)
-    assert (outcome.adapter, outcome.state.step) == (None, 2)
-    assert said[:2] == ["resting: the battery is at 20%, below 30%; training goes on by itself when that has changed", "going on"]
-    assert rest.ended == "only 39.1 MiB of memory are free"
     resume(files.run, Hooks())
     assert files.left() == unbroken["squad"][0].left()
 
