@@ -93,8 +93,9 @@ class Lower:
             if missing:
                 kept, most = stage.needed_bytes(missing, half=self.config.half)
                 n_tokens = sum(unit.n_tokens for unit in missing)
+                n_slices = len(stage.boundaries) - 1
                 hooks.on_event(
-                    f"first pass: {n_tokens:,} tokens through layers 0 to {self.parts.first - 1} in {len(stage.boundaries) - 1} slices; "
+                    f"first pass: {n_tokens:,} tokens through layers 0 to {self.parts.first - 1} in {n_slices} slice{'s' if n_slices > 1 else ''}; "
                     f"{size(most)} on disk at most, {size(kept)} of it until training ends ({self._folder})"
                 )
 
