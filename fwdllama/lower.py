@@ -12,6 +12,7 @@ from fwdllama.config import TrainConfig
 from fwdllama.errors import EngineError, UsageError
 from fwdllama.formats import size
 from fwdllama.hooks import Hooks
+from fwdllama.llama.binding import llama
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
 from fwdllama.llama.staging import Stage
@@ -110,5 +111,7 @@ class Lower:
     def _folder(self) -> Path:
         """Where values are kept that are the same to the bit: by model, data, layer, and all that kernels depend on."""
         options, weights = self.options, self.weights
-        of = (self.origin, self.parts.first, self.config.half, options.n_ctx_seq, options.n_batch, options.kv_type, options.flash, weights)
+        engine = llama().__version__, llama().llama_print_system_info()
+        sizes = options.n_ctx_seq, options.n_batch, options.kv_type, options.flash
+        of = (self.origin, self.parts.first, self.config.half, sizes, weights, engine)
         return default_cache_dir() / "states" / hashlib.blake2b(repr(of).encode(), digest_size=16).hexdigest()
