@@ -120,10 +120,21 @@ class RollingBatches:
         self._next += 1
         unit = self.units[int(shuffled(self.seed, epoch, len(self.units))[place])]
         if unit:
-            # Sorted, so that neighbouring rows, which are of different units, have targets of similar length.
-            ordered = sorted(unit[: self.unit_size], key=lambda example: len(example.target))
-            self._drawn.append(tuple(replace(example, unit=len(self._drawn)) for example in ordered))
+            self._drawn.append(tuple(replace(example, unit=len(self._drawn)) for example in self._ordered(unit)))
         return bool(unit)
+
+    def _ordered(self, unit: tuple[Encoded, ...]) -> list[Encoded]:
+        """As many as a slot holds, so sorted that neighbouring rows, which are of different units, have targets of similar length."""
+        return sorted(unit[: self.unit_size], key=lambda example: len(example.target))
+
+    def through(self, n_steps: int | None) -> list[tuple[Encoded, ...]]:
+        """The units of the batches of steps 0 to `n_steps`, each as its rows stand in a batch; None: all that there are."""
+        n_drawn = None if n_steps is None else self.n_slots + n_steps * self.fresh
+        if n_drawn is None or n_drawn >= len(self.units):
+            return [tuple(self._ordered(unit)) for i in range(len(self.units)) if (unit := self.units[i])]
+        while len(self._drawn) < n_drawn:
+            self._draw()
+        return self._drawn[:n_drawn]
 
     def batch(self, step: int) -> tuple[Rows, list[int]]:
         """The rows of `step`, n_slots x unit_size of them, None where a unit is short, and which rows are new in this step.

@@ -118,6 +118,9 @@ class EngineConfig(Section):
     n_batch: Positive = 512
     together: Positive = 16  # examples of one decode of probes, each probe with a theta of its own; 1: one probe after the other
     trunk: bool = True  # compute the layers below the first trained one once an example
+    stage_layers: Positive | None = None  # so many of those layers are in memory at a time, before training; None: all, beside the trained ones
+    states: Literal["f32", "f16"] | None = None  # what enters the first trained layer; None: f16 where it is kept on disk
+    keep_prompts_bytes: Positive | None = 2 << 30  # of disk, for prompts of data that are seen again, shared by all runs; None: none
 
 
 class TrainConfig(Section):
@@ -134,12 +137,38 @@ class TrainConfig(Section):
     engine: EngineConfig = EngineConfig()
 
     @property
+    def fewest_rounds(self) -> int:
+        """Directions for each group of examples that a step has at least."""
+        return self.estimator.rounds if self.pacing.kind == "fixed" else min(4, self.pacing.max_rounds)
+
+    def most_steps(self, n_slots: int) -> int | None:
+        """The most steps that the budget has room for, None where it is limited by time alone; every step has `fewest_rounds` probes of each group
+        of its examples, of which there are `n_slots` at least.
+
+        >>> budgets = {"probes": 100}, {"steps": 9, "probes": 1000}, {"seconds": 9}
+        >>> [TrainConfig(budget=BudgetConfig(**budget)).most_steps(8) for budget in budgets]
+        [7, 9, None]
+        """
+        n_probes = self.fewest_rounds * -(-n_slots // self.estimator.examples_per_probe)
+        limits = [] if self.budget.steps is None else [self.budget.steps]
+        if self.budget.probes is not None:
+            limits.append(-(-self.budget.probes // n_probes))
+        return min(limits, default=None)
+
+    @property
+    def half(self) -> bool:
+        """Whether what enters the first trained layer is rounded to half precision."""
+        return (self.engine.states or ("f32" if self.engine.stage_layers is None else "f16")) == "f16"
+
+    @property
     def n_places(self) -> int:
         """Probes that are evaluated in one decode."""
         return max(1, self.engine.together // self.estimator.examples_per_probe)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.engine.stage_layers is not None and not (self.engine.trunk and self.estimator.objective == "nll"):
+            raise ValueError("stage_layers needs the trunk and objective nll: only then are lower layers computed before training")
         if self.estimator.examples_per_probe > self.batch.units * self.batch.per_unit:
             most = self.batch.units * self.batch.per_unit
             raise ValueError(f"examples_per_probe {self.estimator.examples_per_probe} exceeds the {most} examples of a batch (units x per_unit)")

@@ -14,7 +14,7 @@ from typing import Literal
 
 from fwdllama.errors import DataError
 from fwdllama.llama.binding import llama
-from fwdllama.llama.model import Model
+from fwdllama.llama.model import Tokenizer
 from fwdllama.tasks import Kind
 from fwdllama.tasks.template import Template, chat_template, seed_template
 from fwdllama.types import Dataset, Encoded, Example, Segment
@@ -61,7 +61,7 @@ class EncodedDataset:
 class Encoder:
     """Turns examples into tokens with one model and template; what they share is tokenised once."""
 
-    def __init__(self, model: Model, template: Template) -> None:
+    def __init__(self, model: Tokenizer, template: Template) -> None:
         self.model, self.template = model, template
         self.invocation = invocation_tokens(model, template)
         self._bos = (model.bos,) if model.adds_bos and not template.bos else ()
@@ -111,7 +111,7 @@ class Encoder:
         return self._choices[words]
 
 
-def encode_dataset(model: Model, dataset: Dataset, template: Template, *, n_ctx_seq: int | None) -> EncodedDataset:
+def encode_dataset(model: Tokenizer, dataset: Dataset, template: Template, *, n_ctx_seq: int | None) -> EncodedDataset:
     """Every example as tokens, less those that do not fit `n_ctx_seq` (None: all are kept).
 
     Raises:
@@ -124,7 +124,7 @@ def encode_dataset(model: Model, dataset: Dataset, template: Template, *, n_ctx_
     return encoded if n_ctx_seq is None else encoded.within(n_ctx_seq)
 
 
-def segment_tokens(model: Model, segments: Sequence[Segment]) -> list[int]:
+def segment_tokens(model: Tokenizer, segments: Sequence[Segment]) -> list[int]:
     """Tokens of a prompt, without BOS: as a whole, as an ordinary runtime would, but what spells control tokens in plain segments stays text."""
     text = "".join(segment.text for segment in segments)
     if not any(segment.special for segment in segments):
@@ -136,17 +136,17 @@ def segment_tokens(model: Model, segments: Sequence[Segment]) -> list[int]:
     return tokens
 
 
-def invocation_tokens(model: Model, template: Template) -> tuple[int, ...]:
+def invocation_tokens(model: Tokenizer, template: Template) -> tuple[int, ...]:
     """The tokens from which the adapter of scope `answer` is on, as they are behind a prompt's last newline."""
     return tuple(_invocation(model, template.invocation))
 
 
-def _invocation(model: Model, segments: tuple[Segment, ...]) -> Iterator[int]:
+def _invocation(model: Tokenizer, segments: tuple[Segment, ...]) -> Iterator[int]:
     for segment in segments:
         yield from _behind_newline(model, segment.text, special=segment.special)
 
 
-def _behind_newline(model: Model, text: str, *, special: bool = False) -> list[int]:
+def _behind_newline(model: Tokenizer, text: str, *, special: bool = False) -> list[int]:
     """Tokens of `text` as they are behind a newline, or as they are at the beginning where the newline would merge in.
 
     SentencePiece puts a space before the beginning of every text that it is given; there is none inside a text.
@@ -157,7 +157,7 @@ def _behind_newline(model: Model, text: str, *, special: bool = False) -> list[i
     return whole[n:] if whole[:n] == newline else model.tokenize(text, special=special)
 
 
-def model_template(model: Model, name: Literal["seed", "chat"], kind: Kind) -> Template:
+def model_template(model: Tokenizer, name: Literal["seed", "chat"], kind: Kind) -> Template:
     """The seed template, or the one of the model's own conversations.
 
     Raises:
@@ -173,7 +173,7 @@ def model_template(model: Model, name: Literal["seed", "chat"], kind: Kind) -> T
     )
 
 
-def spelling(model: Model, token: int | None) -> str:
+def spelling(model: Tokenizer, token: int | None) -> str:
     """How a chat template writes a control token; `Model.piece` has no text for those."""
     if token is None:
         return ""

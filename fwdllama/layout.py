@@ -13,7 +13,7 @@ from fwdllama.config import TrainConfig, layer_band
 from fwdllama.llama.activation import activation_a, cached_rows, module_inputs, store_rows
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model
-from fwdllama.llama.trunk import Trunk
+from fwdllama.llama.trunk import Below
 from fwdllama.models import default_cache_dir
 from fwdllama.space import Space, build_space
 from fwdllama.types import Encoded
@@ -48,7 +48,7 @@ def informed(
     model: Model,  # the whole, or its top
     options: ContextOptions,
     examples: Sequence[Encoded],
-    trunk: Trunk | None,
+    trunk: Below | None,
     on_event: Callable[[str], None],
 ) -> Space:
     """`space` with the A that the adapted modules' inputs suggest, chosen now or found in the cache folder."""

@@ -7,6 +7,7 @@ llama.cpp holds comes from `gguf_tools.plan`; here is what surrounds it, and whi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fwdllama.config import TrainConfig
 from fwdllama.layout import space_of
@@ -17,15 +18,16 @@ from fwdllama.loss import VALUES_AT_ONCE
 from fwdllama.space import Space
 from gguf_tools.graph import EXACT_KV_TYPES
 from gguf_tools.model import ModelInfo
-from gguf_tools.plan import Item, Part, Sizes, context_items, model_items
-from gguf_tools.split import can_be_cut
+from gguf_tools.plan import Item, Part, Sizes, context_items, model_items, vocabulary_bytes
+from gguf_tools.split import can_be_cut, slices
 
 EXAMPLES_BYTES = 12 << 20  # of 4,000 SQuAD questions as Python holds them, with the tokens of those that were drawn
 SPACE_COPIES = 5  # of A and B: llama.cpp's, the adapter's, the chosen A, the initial adapter, its file while it is loaded
+UNIT_COPIES = 3  # of what enters the lower layers, leaves them, and is joined
 THETA_COPIES = 8  # theta, the last update, a probe's offset and position, a step's sum and the direction being added, and a test of it
 MIN_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
 
-CUTTING = "cutting the model in two"
+BEHIND = 32  # tokens of an example behind its prompt whose values are kept between the parts: an invocation and a short answer
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ class Shape:
     n_outputs: int = MIN_OUTPUTS
 
     @classmethod
-    def expected(cls, config: TrainConfig, n_ctx: int) -> Shape:
-        """As data with enough questions on each paragraph will have it; what is held out is whole paragraphs."""
+    def expected(cls, config: TrainConfig, n_ctx: int, unit_size: int | None = None) -> Shape:
+        """As data with `unit_size` questions on each paragraph will have it, None for enough of them; what is held out is whole paragraphs."""
         batch = config.batch
-        held_out = -(-batch.held_out // batch.per_unit) * batch.per_unit
-        n_seq = held_out + batch.units * batch.per_unit
-        return cls(n_ctx, n_seq, batch.per_unit, max(MIN_OUTPUTS, n_seq))
+        size = min(batch.per_unit, unit_size or batch.per_unit)
+        n_seq = -(-batch.held_out // size) * size + max(1, batch.units * batch.per_unit // size) * size
+        return cls(n_ctx, n_seq, size, max(MIN_OUTPUTS, n_seq))
 
 
 def engine_options(*, batch: int, n_ctx: int, n_threads: int, kv_type: str = "f16") -> ContextOptions:
@@ -133,29 +135,32 @@ def training_options(config: TrainConfig, shape: Shape, n_threads: int) -> Conte
 
 
 def training(info: ModelInfo, config: TrainConfig, shape: Shape) -> Plan:
-    """A whole run, on a machine that has neither the model's parts nor its A matrices from an earlier one."""
+    """A whole run, on a machine that has neither the A matrices nor anything else from an earlier one."""
     space = space_of(config, info)
     engine, first = config.engine, space.first_layer
     options = training_options(config, shape, 1)
     cut = engine.trunk and config.estimator.objective == "nll" and first > 0 and can_be_cut(info, first)
-    top = Part(info, first if cut else 0, info.n_layers)
-    label = f"layers {top.first} to {top.last - 1}" if cut else "the model"
-    held = [Item("examples and their tokens", EXAMPLES_BYTES), *model_items(top, label, mmap=engine.mmap, repack=engine.repack)]
-    if cut:
-        trunk = Part(info, 0, first + 1)
-        below = f"layers 0 to {first}"
-        held += model_items(trunk, below, mmap=engine.mmap, repack=engine.repack)
-        held += context_of(replace(options, n_seq=shape.unit_size, n_outputs=1), trunk, below)
+    whole = Part.whole(info)
+    top = Part.bare(info, first, info.n_layers) if cut else whole
+    label = f"layers {first} to {info.n_layers - 1}" if cut else "the model"
+    vocabulary = Item("vocabulary", vocabulary_bytes(info))
+    weights = model_items(top, label, mmap=engine.mmap, repack=engine.repack)
+    start = [Item("examples and their tokens", EXAMPLES_BYTES), *([vocabulary] if cut else [])]
     phases = []
-    if cut:
-        phases.append(Phase(CUTTING, (Item("the model's file, mapped", info.size_bytes, mapped=True),)))
+    held = [*start, *weights]
+    if cut and engine.stage_layers is None:
+        held += _lower(info, config, options, shape, 0, first)
+    elif cut:
+        bounds = slices(info, first, engine.stage_layers or first)
+        for begin, end in pairwise(bounds):
+            phases.append(Phase(f"layers {begin} to {end - 1}", (*start, *_lower(info, config, options, shape, begin, end))))
     if config.space.init == "activation":
         looking = context_of(replace(options, n_seq=1, n_outputs=1), top, label)
         phases.append(Phase("choosing A", (*held, *looking, _activations(space))))
-    n_states = shape.n_seq * shape.n_ctx * info.n_embd * 4 if cut else 0
+    n_kept = shape.n_ctx if config.space.scope == "all" else min(BEHIND, shape.n_ctx)
     trained = [
         *context_of(options, top, label, lora_rank=space.rank),
-        *([Item(f"values between the parts, of {shape.n_seq} examples", n_states)] if cut else []),
+        *([Item(f"values between the parts, of {shape.n_seq} examples", shape.n_seq * n_kept * info.n_embd * 4)] if cut else []),
         _losses(info),
         _theta(space, config),
     ]
@@ -163,10 +168,21 @@ def training(info: ModelInfo, config: TrainConfig, shape: Shape) -> Plan:
     return Plan(tuple(phases))
 
 
+def _lower(info: ModelInfo, config: TrainConfig, options: ContextOptions, shape: Shape, first: int, last: int) -> list[Item]:
+    """Layers below the trained ones, a context of a unit's sequences, and what enters and leaves them of a unit."""
+    part, label = Part.bare(info, first, last), f"layers {first} to {last - 1}"
+    context = replace(options, n_seq=shape.unit_size, n_outputs=options.n_batch)
+    values = UNIT_COPIES * shape.unit_size * shape.n_ctx * info.n_embd * 4
+    return [
+        *model_items(part, label, mmap=config.engine.mmap, repack=config.engine.repack),
+        *context_of(context, part, label),
+        Item(f"values in and out of {label}, of {shape.unit_size} examples", values),
+    ]
+
+
 def to_load(info: ModelInfo, config: TrainConfig, shape: Shape) -> list[Item]:
-    """What the peak of training still needs where the examples and the model, or its upper part, are loaded already."""
-    later = Plan(tuple(phase for phase in training(info, config, shape).phases if phase.name != CUTTING))
-    items = later.peak.items
+    """What the peak of training still needs where the examples and the whole model, or the vocabulary of one in parts, are loaded already."""
+    items = training(info, config, shape).peak.items
     loaded = 1 + next(i for i, item in enumerate(items) if item.name.startswith("vocabulary"))
     return list(items[loaded:])
 

@@ -61,7 +61,7 @@ REGISTRY: Mapping[str, RegisteredModel] = MappingProxyType(
             # Q4_1 has neither repacked nor tinyBLAS kernels on x86: 190 prompt tokens/s against 410 for Q8_0, whose
             # held-out loss (4.05) is that of F16 (4.02). Requantising to Q4_0 would cost 0.4 nats.
             default="int8",
-            requantised=MappingProxyType({"int8": ("Q8_0", 144_811_072)}),
+            requantised=MappingProxyType({"int8": ("Q8_0", 144_811_072), "fp16": ("F16", 270_885_952)}),  # fp16: to compare with
         ),
         "gemma3-270m": RegisteredModel(
             name="gemma3-270m",

@@ -6,7 +6,7 @@ Whatever can be refused is refused before the model is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,61 +14,34 @@ from typing import Any
 
 import numpy as np
 
-from fwdllama.batches import EncodedUnits, RollingBatches, grouped, groups_of, shuffled
+from fwdllama.batches import EncodedUnits, RollingBatches, grouped
 from fwdllama.calibration import Calibration, calibrate, measure
 from fwdllama.checkpoint import RunDirectory, State
 from fwdllama.config import TrainConfig
-from fwdllama.encode import Encoder, model_template
-from fwdllama.layout import informed, space_of
-from fwdllama.llama.model import Model, ModelOptions
+from fwdllama.hooks import Hooks
+from fwdllama.layout import ACTIVATION_EXAMPLES, informed, space_of
+from fwdllama.llama.model import Model, ModelOptions, Tokenizer
 from fwdllama.llama.oracle import LlamaOracle
 from fwdllama.llama.scoring import ScoreOracle
-from fwdllama.llama.trunk import Trunk, cut
+from fwdllama.llama.states import StateStore
+from fwdllama.llama.trunk import Below
+from fwdllama.lower import Lower, parts_of
 from fwdllama.machine import check_memory, default_threads
-from fwdllama.memory import MIN_OUTPUTS, Shape, to_load, training, training_options
+from fwdllama.material import Source, material
+from fwdllama.memory import Shape, to_load, training, training_options
 from fwdllama.models import default_cache_dir
 from fwdllama.oracle import LossOracle
+from fwdllama.retention import retained
 from fwdllama.space import Space
 from fwdllama.surroundings import peak_memory_bytes
-from fwdllama.tasks import Kind
-from fwdllama.tasks.load import load_dataset, split_by_group
-from fwdllama.trainer import Clock, Progress, Trainer
-from fwdllama.types import Dataset, Encoded
+from fwdllama.trainer import Clock, Trainer
+from fwdllama.types import Encoded
 from gguf_tools.adapter import BASE_KEY, Adapter, write_adapter
 from gguf_tools.model import ModelInfo, file_sha256, read_model_info
-from gguf_tools.plan import CELLS, whole_cells
+from gguf_tools.plan import CELLS
 
-FIT = 0.7  # the context is the smallest multiple of 256 tokens that so much of the data fits
 CALIBRATION_UNITS = 2  # of the first batch
 EPS_GUESS = 0.008  # where the search for eps begins, with activation-informed A
-HELD_OUT_FRACTION = 0.1
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a run's examples come from: a file, and how it is read."""
-
-    path: Path
-    kind: Kind | None = None  # None: told from the content
-    labels: dict[str, str] | None = None
-    limit: int | None = None
-
-    def load(self) -> Dataset:
-        """Read it.
-
-        Raises:
-            DataError: it cannot be used.
-        """
-        return load_dataset(self.path, kind=self.kind or "auto", labels=self.labels, limit=self.limit)
-
-
-@dataclass
-class Hooks:
-    """What a caller wants to hear of and may do while a run goes on."""
-
-    on_event: Callable[[str], None] = lambda text: None  # one line about set-up
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -87,7 +60,6 @@ class Session:
 
     config: TrainConfig
     info: ModelInfo  # of the whole model
-    model: Model  # the whole, or its top
     model_path: Path
     sha256: str
     oracle: LlamaOracle
@@ -100,6 +72,7 @@ class Session:
     data_sha256: str
     left_out: dict[str, int]  # while the data was read
     losses: LossOracle  # what is trained on: the oracle's likelihoods, or scores made with it
+    below: Below | None  # what gives the values that enter the first trained layer; None where all layers are computed
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run; resuming checks it, the ledger's genesis hashes it."""
@@ -166,8 +139,9 @@ class Session:
             n_tokens=lambda: self.oracle.n_decoded,
             peak_memory_bytes=peak_memory_bytes,
         )
+        hooks = self.hooks
         trainer = Trainer(
-            self.config, self.losses, self.batches, self.held_out, run, theta, clock, self.hooks.on_progress, self.hooks.stop
+            self.config, self.losses, self.batches, self.held_out, run, theta, clock, hooks.on_progress, hooks.stop, hooks.rest
         )
         state = trainer.run()
         skipped = {**self.left_out, **self.units.skipped}
@@ -178,58 +152,47 @@ class Session:
         final = self.adapter(theta, {"fwdllama.run.ledger": run.ledger.last.hex(), "fwdllama.run.step": str(best)})
         out.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(out, final)
+        if isinstance(self.below, StateStore):
+            self.below.remove()
         return Outcome(state, skipped, out, calibration)
 
 
 @contextmanager
 def opened(
-    config: TrainConfig, model_path: Path, source: Source, hooks: Hooks, a: dict[str, Any] | None = None
+    config: TrainConfig, model_path: Path, source: Source, hooks: Hooks, a: dict[str, Any] | None = None, *, endless: bool = False
 ) -> Iterator[Session]:
-    """Load data and model, lay out the space, choose A (or take `a`), and close everything in order at the end."""
+    """Load data and model, lay out the space, choose A (or take `a`), and close everything in order at the end.
+
+    An `endless` session may draw any batch, whatever the budget says.
+    """
     info = read_model_info(model_path)
     space = space_of(config, info)
     dataset = source.load()
-    train_set, watched = split_by_group(dataset, _held_out_share(config, dataset), config.seed)
     engine = config.engine
     with ExitStack() as resources:
-        options = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
+        weights = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
         check_memory(model_path, training(info, config, Shape(config.batch.n_ctx or CELLS, 1, 1)).peak.items)
         sha256 = file_sha256(model_path, default_cache_dir())
-        cuttable = engine.trunk and config.estimator.objective == "nll"
-        parts = cut(model_path, sha256, space.first_layer, default_cache_dir()) if cuttable else None
-        model = resources.enter_context(Model(parts.top if parts else model_path, options))
-        encoder = Encoder(model, model_template(model, config.template, dataset.kind))
-        size = config.batch.per_unit
-        groups, watched_groups = groups_of(train_set.examples, size), groups_of(watched.examples, size)
-        unit_size = max(len(group) for group in (*groups, *watched_groups))
-        sample = [encoder.example(groups[i][0]) for i in shuffled(config.seed, 0, len(groups))[:64]]
-        n_ctx = config.batch.n_ctx or _fitting([e.n_tokens for e in sample], info.context_length)
-        n_outputs = max(MIN_OUTPUTS, *(len(e.target) for e in sample))
-        n_outputs = min(n_outputs, config.engine.n_batch - len(encoder.invocation))
-        units = EncodedUnits(groups, encoder.example, n_ctx, str(source.path), n_outputs)
-        n_rows = config.batch.units * size
-        batches = RollingBatches(
-            units,
-            unit_size=unit_size,
-            n_slots=max(1, n_rows // unit_size),
-            fresh=max(1, config.batch.fresh * size // unit_size),
-            seed=config.seed,
-        )
-        held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, str(source.path), n_outputs), config)
-        n_seq = len(held_out) + batches.n_slots * unit_size
-        shape = Shape(n_ctx, n_seq, unit_size, n_outputs)
-        context_options = training_options(config, shape, engine.n_threads or default_threads())
-        check_memory(model_path, to_load(info, config, shape))
-        trunk = None
+        parts = parts_of(config, model_path, sha256, space.first_layer)
+        words = resources.enter_context(Tokenizer(model_path) if parts else Model(model_path, weights))
+        made = material(config, dataset, str(source.path), words)
+        options = training_options(config, made.shape, engine.n_threads or default_threads())
+        check_memory(model_path, to_load(info, config, made.shape))
+        data_sha256 = file_sha256(source.path)
+        sampled = made.sample[:ACTIVATION_EXAMPLES] if a is None and config.space.init == "activation" else []
+        below = None
         if parts:
-            trunk = Trunk(parts, context_options, options, unit_size)
-            resources.callback(trunk.close)
+            lower = Lower(config, parts, f"{sha256} {data_sha256}", options, weights, made.shape)
+            below = resources.enter_context(lower.opened(made, sampled, hooks, endless=endless))
+        model = words if isinstance(words, Model) else resources.enter_context(Model(lower.parts.top, weights, needs_vocabulary=False))
         if a is not None:
             space = replace(space, a=a)
-        elif config.space.init == "activation":
-            fitting = [e for e in sample if e.n_tokens <= n_ctx] or [e for e in batches.batch(0)[0] if e is not None]
-            space = informed(space, config, sha256, model, context_options, fitting, trunk, hooks.on_event)
-        oracle = resources.enter_context(LlamaOracle(model, space, config.space.scope, context_options, trunk=trunk, n_places=config.n_places))
+        elif sampled:
+            space = informed(space, config, sha256, model, options, sampled, below, hooks.on_event)
+        pool = retained(config, made.batches, options, weights, sha256=sha256, first=below.first if below else 0, data_sha256=data_sha256)
+        oracle = resources.enter_context(
+            LlamaOracle(model, space, config.space.scope, options, trunk=below, pool=pool, n_places=config.n_places)
+        )
         losses: LossOracle = ScoreOracle(oracle) if config.estimator.objective == "f1" else oracle
         hooks.on_event(
             f"{space.n_params:,} trained numbers in {len(space.matrices)} matrices of layers {space.first_layer}-{space.last_layer}, "
@@ -238,47 +201,22 @@ def opened(
         yield Session(
             config=config,
             info=info,
-            model=model,
             model_path=model_path,
             sha256=sha256,
             oracle=oracle,
             space=space,
-            batches=batches,
-            units=units,
-            held_out=held_out,
-            invocation=encoder.invocation,
+            batches=made.batches,
+            units=made.units,
+            held_out=made.held_out,
+            invocation=made.invocation,
             hooks=hooks,
-            data_sha256=file_sha256(source.path),
+            data_sha256=data_sha256,
             left_out=dict(dataset.skipped),
             losses=losses,
+            below=below,
         )
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What of a configuration decides what is learned."""
     return config.model_dump(mode="json", exclude={"budget", "engine"})
-
-
-def _fitting(lengths: list[int], most: int) -> int:
-    """The smallest multiple of llama.cpp's cell granularity that FIT of the examples fit."""
-    wanted = sorted(lengths)[int(FIT * (len(lengths) - 1))]
-    return min(most, whole_cells(wanted))
-
-
-def _held_out_share(config: TrainConfig, dataset: Dataset) -> float:
-    """Enough for the watched examples, and never more than a tenth of the data."""
-    return min(HELD_OUT_FRACTION, 4 * config.batch.held_out / max(1, len(dataset.examples)))
-
-
-def _held_out_rows(units: EncodedUnits, config: TrainConfig) -> list[Encoded | None]:
-    """Rows of watched examples, whole units, from as many paragraphs as possible."""
-    rows: list[Encoded | None] = []
-    n = 0
-    for index in shuffled(config.seed, 1, len(units)):
-        unit = units[int(index)]
-        if unit and n < config.batch.held_out:
-            rows += [replace(example, unit=-1000 - int(index)) for example in unit]
-            n += len(unit)
-    return rows
-
-

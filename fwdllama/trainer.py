@@ -66,23 +66,26 @@ class Trainer:
     clock: Clock = field(default_factory=Clock)
     on_progress: Callable[[Progress], None] = lambda progress: None
     stop: Callable[[], bool] = lambda: False
+    rest: Callable[[], None] = lambda: None  # called between probes; may wait, which is no time of training
     _update: NDArray[np.float32] | None = None
+    _rested_s: float = 0.0
 
     def run(self) -> State:
         """Train until a budget is used up, the held-out loss no longer falls, or `stop` says so; returns the last state."""
-        self._begun = self.clock.now() - self.directory.state.elapsed_s
+        self._begun = self._now() - self.directory.state.elapsed_s
         self._decode_before = self.directory.state.decode_s - self.clock.decode_s()
         self._update = self.directory.last_update(self.theta.size)  # the aligned sampler's seeds follow from it
         self._load(self.state.step)
         if self.state.step == 0 and self.state.best_loss is None and self.held_out:
             self.oracle.write(self.theta)
             self.directory.save(replace(self.state, best_loss=self._held_out_loss()))
-        while self.state.finished is None and not self.stop():
+        while self.state.finished is None:
             reason = self._spent()
             if reason is not None:
                 self._finish(reason)
                 break
-            if not self._step():
+            self._rest()
+            if self.stop() or not self._step():
                 break
         return self.state
 
@@ -91,8 +94,17 @@ class Trainer:
         """The state as recorded."""
         return self.directory.state
 
+    def _rest(self) -> None:
+        began = self.clock.now()
+        self.rest()
+        self._rested_s += self.clock.now() - began
+
+    def _now(self) -> float:
+        """A clock that stands still during rests: a budget of seconds is one of work, on a phone that must cool as on any other."""
+        return self.clock.now() - self._rested_s
+
     def _elapsed(self) -> float:
-        return self.clock.now() - self._begun
+        return self._now() - self._begun
 
     def fraction(self, at: State | None = None) -> float:
         """How much of the tightest budget is used, 0 to 1: now, or when the state is `at`."""
@@ -126,12 +138,12 @@ class Trainer:
         pacing, rounds = self.config.pacing, self.config.estimator.rounds
         if pacing.kind == "fixed":
             return Fixed(rounds * n_groups)
-        return VarianceGate(pacing.tau, min(4, pacing.max_rounds) * n_groups, pacing.max_rounds * n_groups)
+        return VarianceGate(pacing.tau, self.config.fewest_rounds * n_groups, pacing.max_rounds * n_groups)
 
     def _step(self) -> bool:
         """One step; False when it was interrupted before anything of it was recorded."""
         config, state = self.config, self.state
-        started, tokens = self.clock.now(), self.clock.n_tokens()
+        started, tokens = self._now(), self.clock.n_tokens()
         decoded = self.clock.decode_s()
         fraction = self.fraction()
         offset = len(self.held_out)
@@ -177,7 +189,7 @@ class Trainer:
             self.oracle.write(self.theta)
             held_out = self._held_out_loss()
             after = _judged(after, held_out)
-        spent = self.clock.now() - started
+        spent = self._now() - started
         after = replace(after, elapsed_s=self._elapsed(), decode_s=self._decode_before + self.clock.decode_s())
         metrics = {
             "step": state.step,
@@ -217,6 +229,7 @@ class Trainer:
             ]
             for probe in evaluate(self.oracle, self.theta, plan, groups, base, state.eps, limit):
                 probes.append(probe)
+                self._rest()
                 if self.stop():
                     return [], slopes, wanted
                 self.on_progress(Progress(state, None, len(probes), wanted, fraction))

@@ -9,8 +9,10 @@ from fwdllama.calibration import Calibration
 from fwdllama.checkpoint import RunDirectory, check_unused, read_facts
 from fwdllama.config import TrainConfig, read_config
 from fwdllama.errors import RunError
+from fwdllama.hooks import Hooks
+from fwdllama.material import Source
 from fwdllama.models import default_cache_dir
-from fwdllama.session import Hooks, Outcome, Source, opened, settings_of
+from fwdllama.session import Outcome, opened, settings_of
 from fwdllama.surroundings import check_output, check_writable, environment
 from gguf_tools.adapter import adapter_bytes, read_adapter
 from gguf_tools.model import file_sha256
@@ -28,6 +30,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
     check_output(out)
     check_writable(run_path)
     check_unused(run_path)
+    hooks.rest()  # before memory is taken for a model that must wait
     with opened(config, model_path, source, hooks) as session:
         theta = session.space.initial_theta()
         session.load_first_batch()
@@ -37,6 +40,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
             "files": {"model": str(model_path.resolve()), "data": str(source.path.resolve()), "out": str(out.resolve())},
             "source": {"kind": source.kind, "labels": source.labels, "limit": source.limit},
             "environment": environment(),
+            "device": dict(hooks.device),
             "n_seq": session.oracle.capacity,
             "calibration": calibration.__dict__,
         }
@@ -67,6 +71,7 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
     }
     for key, value in now.items():
         _check_same(run_path, key, facts["identity"].get(key), value)
+    hooks.rest()
     with RunDirectory.open(run_path) as run:
         if budget:
             run.extend(config.model_dump_json(indent=2))
@@ -100,7 +105,8 @@ def measure_noise(config: TrainConfig, model_path: Path, source: Source, hooks: 
         FwdllamaError: anything else that a user can mend.
         FileError: the model's file is unfit.
     """
-    with opened(config, model_path, source, hooks) as session:
+    engine = config.engine.model_copy(update={"keep_prompts_bytes": None})  # nothing is written
+    with opened(config.model_copy(update={"engine": engine}), model_path, source, hooks) as session:
         session.load_first_batch()
         return session.timed(session.space.initial_theta())
 

@@ -61,3 +61,14 @@ class Dataset:
     examples: tuple[Example, ...]
     source: str
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """How far the first pass is: layers that are through, of how many, as a fraction of all tokens and layers, and seconds since its begin."""
+
+    first: int  # of the slice in memory
+    last: int
+    of: int
+    done: float  # 0 to 1, of everything
+    elapsed_s: float

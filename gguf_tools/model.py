@@ -28,6 +28,7 @@ _END_OF_TURN = (b"<|eot_id|>", b"<|im_end|>", b"<|end|>", b"<end_of_turn>", b"<E
                 b"<end_of_utterance>", b"<|end_of_text|>", b"<|endoftext|>")  # fmt: skip
 _ADDS_BOS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
                        "jina-v5-nano", "tekken", "chameleon"})  # fmt: skip
+NO_VOCABULARY = "no_vocab"  # as tokenizer.ggml.model: llama.cpp then has numbers for tokens, and no texts
 _ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -82,17 +83,17 @@ class ModelInfo:
         return math.ceil(total)
 
 
-def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
-    """Read what a base model is; its weights are not touched.
+def read_model_info(path: str | os.PathLike[str], *, needs_vocabulary: bool = True) -> ModelInfo:
+    """Read what a base model is; its weights are not touched. Without `needs_vocabulary` it may be a part that has none.
 
     Raises:
         FileError: it is missing, damaged, no GGUF file, an adapter, one part of several, or has no tokenizer.
     """
     with mapped(path) as data:
-        return model_info(parse_header(data, str(path), MODEL_LIMITS))
+        return model_info(parse_header(data, str(path), MODEL_LIMITS), needs_vocabulary=needs_vocabulary)
 
 
-def model_info(header: Header) -> ModelInfo:
+def model_info(header: Header, *, needs_vocabulary: bool = True) -> ModelInfo:
     """`read_model_info` of a header that is already at hand, whose label is the path."""
     label, path = header.label, Path(header.label)
     architecture = _kind_of_model(header)
@@ -105,7 +106,8 @@ def model_info(header: Header) -> ModelInfo:
         raise FileError(
             f"{label}: {architecture}.attention.head_count is 0; models without attention are not supported."
         )
-    n_vocab = _n_vocab(header)
+    bare = not needs_vocabulary and header.text("tokenizer.ggml.model") == NO_VOCABULARY
+    n_vocab = _required(header, f"{architecture}.vocab_size", 1 << 31) if bare else _n_vocab(header)
     embeddings = header.tensors.get("token_embd.weight")
     if embeddings is None:
         raise FileError(f"{label}: holds no tensor token_embd.weight, so it is no text model (or a part of one).")
@@ -186,7 +188,7 @@ def _per_layer(header: Header, key: str, n_layers: int, default: tuple[int, ...]
 
 def _n_vocab(header: Header) -> int:
     tokens = header.values.get("tokenizer.ggml.tokens", (None, None))[1]
-    named = header.text("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+    named = header.text("tokenizer.ggml.model") not in (None, "none", NO_VOCABULARY)
     if not named or not isinstance(tokens, Array) or tokens.type != GGUFValueType.STRING or not tokens.count:
         raise FileError(
             f"{header.label}: has no tokenizer (tokenizer.ggml.model and .tokens); convert it with its vocabulary."

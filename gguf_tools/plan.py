@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gguf_tools.graph import EXACT_KV_TYPES, Decode, compute_bytes, work_bytes
 from gguf_tools.model import ModelInfo
+from gguf_tools.split import N_UNNAMED
 
 CELLS = 256  # llama.cpp rounds the cells of a sequence up to a multiple of this
 # Types that llama.cpp rearranges for this CPU, where the rows are a multiple of 8 (repack.cpp: with AVX2; on ARM with dot products or i8mm).
@@ -27,7 +28,7 @@ _REPACKED = {
 }
 # libstdc++ on 64 bits: an entry by id (string, score, kind: 40), its text by id (32), and a hash node by text with its bucket (72); a merge is
 # a hash node of two strings and a rank with its bucket (112). While a file is loaded, each string is also in the list that was read (32).
-_TOKEN_BYTES, _MERGE_BYTES = 40 + 32 + 72 + 32, 112 + 32
+_TOKEN_BYTES, _MERGE_BYTES, _UNNAMED_BYTES = 40 + 32 + 72 + 32, 112 + 32, 40
 # A node of a graph: struct ggml_tensor (368 with its header), its place in the graph, in the hash set, and in the allocator's lists.
 _NODE_BYTES, _GRAPHS = 368 + 80, 4  # one to reserve with, one with and one without outputs, and the scheduler's own
 
@@ -57,11 +58,23 @@ class Part:
     info: ModelInfo
     first: int
     last: int
+    has_texts: bool = True
 
     @classmethod
     def whole(cls, info: ModelInfo) -> Part:
         """All layers."""
         return cls(info, 0, info.n_layers)
+
+    @classmethod
+    def bare(cls, info: ModelInfo, first: int, last: int) -> Part:
+        """Layers without a vocabulary: of the matrices of its size they have the output, and that only where they are the last ones."""
+        outer = {"token_embd.weight", "output.weight", "output.bias"}
+        tensors = {name: entry for name, entry in cls(info, first, last).tensors.items() if name not in outer}
+        n_vocab = info.n_vocab if last == info.n_layers else N_UNNAMED
+        output = info.tensors.get("output.weight", info.tensors["token_embd.weight"])
+        tensors["token_embd.weight"] = output if last == info.n_layers else ((N_UNNAMED, info.n_embd), "F32")
+        bare = replace(info, n_vocab=n_vocab, n_merges=0, tied_embeddings=True, tensors=tensors)
+        return cls(bare, first, last, has_texts=False)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -150,6 +163,11 @@ def vocabulary_bytes(info: ModelInfo) -> int:
     return info.n_vocab * _TOKEN_BYTES + info.n_merges * _MERGE_BYTES
 
 
+def _numbers_bytes(part: Part) -> int:
+    """What llama.cpp keeps of tokens that are numbers only."""
+    return part.info.n_vocab * _UNNAMED_BYTES
+
+
 def kv_bytes(part: Part, sizes: Sizes) -> int:
     """The KV cache of a context, which llama.cpp clears, and so touches, when it makes it.
 
@@ -189,5 +207,5 @@ def model_items(part: Part, label: str, *, mmap: bool, repack: bool, kinds: Coll
     """Weights and vocabulary of a loaded model."""
     return [
         *weight_items(part, f"weights of {label}", mmap=mmap, repack=repack, kinds=kinds),
-        Item(f"vocabulary of {label}", vocabulary_bytes(part.info)),
+        Item(f"vocabulary of {label}", vocabulary_bytes(part.info) if part.has_texts else _numbers_bytes(part)),
     ]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from gguf_tools.errors import FileError
 from gguf_tools.imatrix import Importance, check_importance, read_imatrix
+from gguf_tools.library import llama_cpp
 from gguf_tools.model import ModelInfo, read_model_info
 from gguf_tools.output import Progress, new_file
 from gguf_tools.recipe import Recipe, file_type, tensor_overrides
@@ -64,7 +65,7 @@ def quantize_model(
     if recipe.imatrix is not None:
         check_importance(importance, info, str(recipe.imatrix))
     overrides = tensor_overrides(recipe, info, frozenset(importance))
-    return run_quantizer(
+    return _run(
         source, target, f"cannot be quantised to {ftype.name.removeprefix('MOSTLY_').removeprefix('ALL_')}",
         progress=progress, force=force, ftype=int(ftype), allow_requantize=allow_requantize, nthread=n_threads or 0,
         pure=recipe.pure, **_overrides(overrides), **_importance(importance),
@@ -73,45 +74,40 @@ def quantize_model(
 
 def _overrides(types: list[tuple[str, GGMLQuantizationType]]) -> dict[str, Any]:
     """Exact types of single tensors as llama.cpp wants them: regular expressions, ended by an empty entry."""
-    import llama_cpp
-
     if not types:
         return {}
-    entries = (llama_cpp.llama_model_tensor_override * (len(types) + 1))()
+    entries = (llama_cpp().llama_model_tensor_override * (len(types) + 1))()
     for entry, (name, kind) in zip(entries, types, strict=False):
         entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), int(kind)
     return {"tt_overrides": entries}
 
 
 def _importance(values: Importance) -> dict[str, Any]:
-    import llama_cpp
-
     if not values:
         return {}
-    entries = (llama_cpp.llama_model_imatrix_data * (len(values) + 1))()
+    entries = (llama_cpp().llama_model_imatrix_data * (len(values) + 1))()
     for entry, (name, numbers) in zip(entries, values.items(), strict=False):
         entry.name, entry.size = name.encode(), numbers.size
         entry.data = numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     return {"imatrix": entries}
 
 
-def run_quantizer(
+def _run(
     source: Path_, target: Path_, what: str, *, progress: Progress | None = None, force: bool = False, **options: Any
 ) -> ModelInfo:
     """Run llama_model_quantize with `options` set in its parameters; `what` begins the sentence of its failure."""
-    import llama_cpp
-
     if os.path.realpath(source) == os.path.realpath(target):
         raise FileError(f"{target}: is the source as well; the result needs another path.")
     with new_file(target, force=force) as temporary:
         temporary.touch()  # so that an unwritable folder is named by the system, not as an "iostream error"
-        with _captured_log(llama_cpp, progress) as log:
-            llama_cpp.llama_backend_init()
-            params = llama_cpp.llama_model_quantize_default_params()
+        library = llama_cpp()
+        with _captured_log(library, progress) as log:
+            library.llama_backend_init()
+            params = library.llama_model_quantize_default_params()
             params.max_buf_size = _BUFFER_BYTES
             for option, value in options.items():
                 setattr(params, option, value)
-            status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), ctypes.byref(params))
+            status = library.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), ctypes.byref(params))
         if status != 0:
             raise FileError(f"{source}: {what}: {_reason(log)}")
         try:
@@ -131,7 +127,7 @@ def _reason(log: list[str]) -> str:
 
 
 @contextmanager
-def _captured_log(llama_cpp: Any, progress: Progress | None) -> Iterator[list[str]]:
+def _captured_log(library: Any, progress: Progress | None) -> Iterator[list[str]]:
     """Collect llama.cpp's log, one for the whole process, instead of printing it; the old receiver comes back.
 
     Each tensor begins with a line `[ 12/ 272] ...`, which is the only place where Python runs during the work. C code cannot be left
@@ -146,7 +142,7 @@ def _captured_log(llama_cpp: Any, progress: Progress | None) -> Iterator[list[st
             raised.append(error)
             restore.append(_forbid_growth())
 
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    @library.llama_log_callback  # type: ignore[untyped-decorator]
     def receive(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         if raised:
             return
@@ -159,13 +155,13 @@ def _captured_log(llama_cpp: Any, progress: Progress | None) -> Iterator[list[st
             stop(error)
 
     with _log_lock, _interrupted_by(stop):
-        previous, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-        llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
-        llama_cpp.llama_log_set(receive, ctypes.c_void_p(0))
+        previous, user_data = library.llama_log_callback(), ctypes.c_void_p()
+        library.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
+        library.llama_log_set(receive, ctypes.c_void_p(0))
         try:
             yield lines
         finally:
-            llama_cpp.llama_log_set(previous, user_data)
+            library.llama_log_set(previous, user_data)
             for undo in restore:
                 undo()
     if raised:
@@ -200,9 +196,7 @@ def _forbid_growth() -> Callable[[], None]:
 @functools.cache
 def _ggml() -> Any:
     """The library of ggml, which has the quantisers that the `gguf` package lacks (all with 256 values a block)."""
-    import llama_cpp
-
-    folder = Path(llama_cpp.__file__).parent / "lib"
+    folder = Path(llama_cpp().__file__).parent / "lib"
     for path in sorted(folder.glob("*ggml-base*")):
         library = ctypes.CDLL(str(path))
         function = getattr(library, "ggml_quantize_chunk", None)

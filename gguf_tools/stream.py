@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def write_streamed(
         FileError: `path` exists without `force`, cannot be written, or the disk has too little room, found before any work.
     """
     with new_file(path, force=force) as temporary:
-        _check_room(Path(path), temporary, sum(tensor.size_bytes for tensor in tensors))
+        check_room(Path(path), temporary, tensors)
         write_tensors(temporary, writer, tensors, progress)
 
 
@@ -95,14 +96,19 @@ def write_tensors(target: Path, writer: GGUFWriter, tensors: Sequence[OutTensor]
         writer.close()
 
 
-def _check_room(path: Path, temporary: Path, n_bytes: int) -> None:
+def check_room(path: Path, temporary: Path, tensors: Sequence[OutTensor]) -> None:
+    """Refuse tensors that the disk of `temporary` has too little room for, in a sentence about `path`."""
+    n_bytes = sum(tensor.size_bytes for tensor in tensors)
     free = shutil.disk_usage(temporary.parent).free
     if free < n_bytes:
         raise FileError(f"{path}: needs {n_bytes / 2**30:.2f} GiB, but its disk has {free / 2**30:.2f} GiB left.")
 
 
-def metadata_of(header: Header, without: Collection[str] = ()) -> GGUFWriter:
-    """A writer with all metadata of a model that was read, tokenizer and chat template included, but not the keys `without`."""
+def metadata_of(header: Header, without: Collection[str] = (), instead: Mapping[str, Any] = MappingProxyType({})) -> GGUFWriter:
+    """A writer with all metadata of a model that was read, tokenizer and chat template included, but not the keys `without`.
+
+    The values `instead` are written in place of those that these keys have, in the same types.
+    """
     writer = GGUFWriter(None, header.text("general.architecture") or "")
     alignment = header.number("general.alignment")
     if alignment is not None:
@@ -111,13 +117,14 @@ def metadata_of(header: Header, without: Collection[str] = ()) -> GGUFWriter:
         if key in _OWN_KEYS or key in without:
             continue
         if not isinstance(value, Array):
-            writer.add_key_value(key, value, kind)
+            writer.add_key_value(key, instead.get(key, value), kind)
         elif value.count:  # the writer has no empty arrays, and to llama.cpp they are as good as none
-            writer.add_key_value(key, _elements(header, key, value), kind, value.type)
+            writer.add_key_value(key, instead[key] if key in instead else elements(header, key, value), kind, value.type)
     return writer
 
 
-def _elements(header: Header, key: str, array: Array) -> list[Any]:
+def elements(header: Header, key: str, array: Array) -> list[Any]:
+    """What `array`, the metadata value `key`, holds."""
     if array.type == GGUFValueType.STRING:
         return list(header.strings(key))
     dtype = np.dtype(array.type.name.lower()).newbyteorder("<")

@@ -123,13 +123,13 @@ def test_training_holds_two_parts_and_evaluating_one_model(wide: Path) -> None:
     shape = Shape.expected(config(), 256)
     assert (shape.n_seq, shape.unit_size) == (75, 5)  # 32 watched examples are seven paragraphs of five
     plan = training(info, config(), shape)
-    assert [phase.name for phase in plan.phases] == ["cutting the model in two", "choosing A", "training"]
+    assert [phase.name for phase in plan.phases] == ["choosing A", "training"]
     names = [item.name for item in plan.phases[-1].items]
     assert "weights of layers 1 to 3, read" in names
-    assert "weights of layers 0 to 1, read" in names
-    # 75 sequences of the three upper layers, 5 of the two lower ones
+    assert "weights of layers 0 to 0, read" in names
+    # 75 sequences of the three upper layers, 5 of the lower one
     caches = [item.size_bytes for item in plan.phases[-1].items if item.name.startswith("KV cache")]
-    assert sorted(caches) == sorted(n * 256 * layers * 2 * 2 * 64 * 2 for n, layers in ((75, 3), (5, 2)))
+    assert sorted(caches) == sorted(n * 256 * layers * 2 * 2 * 64 * 2 for n, layers in ((75, 3), (5, 1)))
     whole = evaluation(info, engine_options(batch=8, n_ctx=256, n_threads=1), ModelOptions())
     assert [item.name for item in whole.peak.items if item.name.startswith("weights")] == ["weights of the model, read"]
 
@@ -155,9 +155,12 @@ def test_what_is_loaded_already_is_not_asked_for_again(wide: Path) -> None:
     info, shape = read_model_info(wide), Shape.expected(config(), 256)
     plan = training(info, config(), shape)
     missing = plan.peak.total_bytes - sum(item.size_bytes for item in to_load(info, config(), shape))
-    first = [item for item in plan.peak.items if "layers 1 to 3" in item.name and item.name.startswith(("weights", "vocabulary"))]
-    examples = next(item for item in plan.peak.items if item.name.startswith("examples"))
-    assert missing == examples.size_bytes + sum(item.size_bytes for item in first)
+    examples, vocabulary = (next(item for item in plan.peak.items if item.name.startswith(name)) for name in ("examples", "vocabulary"))
+    assert missing == examples.size_bytes + vocabulary.size_bytes
+    whole = training(info, config(engine={"trunk": False}), shape)
+    missing = whole.peak.total_bytes - sum(item.size_bytes for item in to_load(info, config(engine={"trunk": False}), shape))
+    loaded = [item for item in whole.peak.items if item.name.startswith(("examples", "weights", "vocabulary"))]
+    assert missing == sum(item.size_bytes for item in loaded)
 
 
 def test_the_peak_is_the_largest_phase_and_a_base_is_in_all_of_them() -> None:
@@ -185,7 +188,7 @@ def test_a_change_is_said_as_the_option_of_the_command_that_takes_it(wide: Path)
     other = replace(asked, mmap=True, repack=False, kv_type="q8_0", batch=2, held_out=8, from_layer=2)
     assert other.options(asked, info, "eval") == ["--mmap", "--no-repack", "--kv-type q8_0", "--batch 2"]
     assert other.options(asked, info, "train") == [
-        "--mmap", "--no-repack", "--kv-type q8_0", "--units 2 --fresh 2", "--held-out 8", "--layers 2-2",
+        "--mmap", "--no-repack", "--kv-type q8_0", "--units 2 --fresh 2", "--held-out 8", "--from-layer 2",
     ]  # fmt: skip
     assert asked.options(asked, info, "train") == []
     with pytest.raises(UsageError, match=r"--from-layer is 9, but .*wide.gguf has layers 0 to 3"):

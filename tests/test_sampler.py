@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwdllama.sampler import Sampler, seed_at
+from fwdllama.sampler import Sampler, agreement, seed_at
 from tests.reference import philox_words, signs
 
 
@@ -55,3 +55,9 @@ def test_aligned_sampling_draws_candidates_of_their_own_for_each_probe() -> None
 
 def test_aligned_sampling_takes_its_first_candidate_before_there_was_an_update() -> None:
     assert Sampler(4, candidates=5).seed(0, 2, None) == seed_at(4, 0, 10)
+
+
+def test_agreement_loses_nothing_that_float32_sums_would() -> None:
+    update = np.array([3e7, *[1.0] * 15, -3e7], np.float32)  # float32 holds 3e7 but not 3e7 + 1
+    expected = abs(sum(s * int(u) for s, u in zip(signs(7, 17), update, strict=True)))
+    assert agreement(7, update) == expected

@@ -294,3 +294,35 @@ def test_progress_is_shown_in_order_and_a_step_only_when_it_is_on_disk(tmp_path:
     row = read_metrics(tmp_path / "run")[-1]
     assert (row["tokens_per_s"], row["decode_fraction"], row["peak_memory_bytes"]) == (20.0, 0.5, 77)
     assert state.decode_s == pytest.approx(state.elapsed_s / 2)
+
+
+def test_rests_are_no_time_of_training_and_change_nothing_that_is_learned(tmp_path: Path) -> None:
+    """Every probe is followed by a rest of a minute."""
+    left: list[Any] = []
+    for name, rest_s in (("busy", 0.0), ("resting", 60.0)):
+        oracle, rested = Oracle(), [0.0]
+
+        def rest(rested: list[float] = rested, rest_s: float = rest_s) -> None:
+            rested[0] += rest_s
+
+        clock = Clock(now=lambda oracle=oracle, rested=rested: oracle.n_calls / 8 + rested[0], n_tokens=lambda oracle=oracle: oracle.n_calls)
+        state = trained(tmp_path / name, config(budget={"steps": None, "seconds": 10.0}), oracle, clock=clock, rest=rest)
+        ledger = (tmp_path / name / "ledger.bin").read_bytes()
+        left.append((ledger, state.elapsed_s, [row["tokens_per_s"] for row in read_metrics(tmp_path / name)]))
+    assert rested[0] > 600
+    assert left[0][0] == left[1][0]
+    assert left[0][1] == pytest.approx(left[1][1])
+    assert left[0][2] == pytest.approx(left[1][2], rel=1e-2)
+
+
+def test_a_stop_during_a_rest_loses_the_step_in_progress_only(tmp_path: Path) -> None:
+    rests = count()
+    stopped = [False]
+
+    def rest() -> None:
+        stopped[0] = next(rests) == N_PROBES[0] + 5  # in the second step; two steps begin with one too
+
+    unbroken = trained(tmp_path / "unbroken", config())
+    state = trained(tmp_path / "run", config(), rest=rest, stop=lambda: stopped[0])
+    assert (state.step, state.finished) == (1, None)
+    assert trained(tmp_path / "run", config()).ledger == unbroken.ledger

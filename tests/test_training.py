@@ -102,6 +102,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "squad": ("squad.json", {}),
     "all": ("squad.json", {"space": {"scope": "all"}}),
     "whole model": ("squad.json", {"engine": {"trunk": False}}),
+    "staged": ("squad.json", {"space": {"layers": (2, 2)}, "engine": {"stage_layers": 1}}),
     "both halves": ("squad.json", {"space": {"train": "ab", "init": "random", "layers": (0, 2)}}),
     "two-sided": ("pairs.jsonl", {"estimator": {"sided": "two"}, "pacing": {"kind": "variance", "max_rounds": 3}}),
 }

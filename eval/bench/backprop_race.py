@@ -1,6 +1,6 @@
 """Forward-only training against back-propagation: wall clock until the same loss on the same questions.
 
-Both train the same numbers (B of the same matrices of the same Q8_0 base, from the same A, in the same scope) with as many threads
+Both train the same numbers (B of the same matrices of the same base, from the same A, in the same scope) with as many threads
 on examples of the same file. Forward-only is a run that was made before, replayed step by step from its ledger: a loss at step n
 belongs to the time at which the run had finished step n, its own tests and held-out losses included. Back-propagation is AdamW in torch
 on the dequantised base, and the best of several learning rates counts. On either side what is not training takes no time: loading,
@@ -10,15 +10,16 @@ and the questions' losses.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fwdllama.types import Encoded
+from fwdllama.types import Encoded, Scope
 
 from .child import in_child
-from .measure import Bar, Bench, BenchError, Item, Measured
+from .curve import Curve, Point, asking, fastest, reached_s
+from .measure import Bar, Bench, Item, Measured
 from .runs import SHORT, trained
 
 LOSSES = (1.6, 1.45, 1.32, 1.2, 1.1)  # nats per answer token; the third is the bar's
@@ -30,8 +31,10 @@ N_QUESTIONS, MAX_CONTEXT, SEED = 48, 700, 12  # contexts of fewer characters
 N_POOL = 1500  # examples to train on: more than back-propagation gets through
 SLICE = 16  # questions whose losses are computed at once, for memory
 
+if TYPE_CHECKING:
+    from fwdllama.config import TrainConfig
+
 Train = Literal["b", "ab"]
-Curve = list[tuple[float, float]]  # (seconds of training, loss), from the untrained model's on
 
 
 @dataclass(frozen=True)
@@ -43,31 +46,23 @@ class Job:
     n_threads: int
     questions: list[Encoded]
     pool: list[Encoded]
+    scope: Scope
 
 
-def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Train]:
-    """The questions' mean loss after every step of a run until the lowest of LOSSES, and the job for the other side.
-
-    Raises:
-        BenchError: the run is of another scope than `answer`.
-    """
+def replayed_run(run: Path, dev: Path, n_questions: int, *, floor: float = min(LOSSES)) -> tuple[Curve, Job, Train]:
+    """The questions' mean loss after every step of a run until `floor`, and the job for the other side."""
     from fwdllama.checkpoint import genesis_of, read_facts, read_metrics
     from fwdllama.config import read_config
     from fwdllama.encode import Encoder, model_template
     from fwdllama.layout import space_of
     from fwdllama.ledger import read_ledger, replay
-    from fwdllama.llama.context import ContextOptions
     from fwdllama.llama.model import Model
-    from fwdllama.llama.oracle import LlamaOracle
     from fwdllama.machine import default_threads
     from fwdllama.tasks.load import load_dataset
     from gguf_tools.adapter import read_adapter
     from gguf_tools.model import read_model_info
-    from gguf_tools.plan import whole_cells
 
     facts, config = read_facts(run), read_config(run / "config.json")
-    if config.space.scope != "answer":
-        raise BenchError(f"{run} was trained with scope {config.space.scope}, but the race is for scope answer.")
     path = Path(facts["files"]["model"])
     info = read_model_info(path)
     space = space_of(config, info)
@@ -78,22 +73,27 @@ def replayed_run(run: Path, dev: Path, n_questions: int) -> tuple[Curve, Job, Tr
         encoder = Encoder(model, model_template(model, config.template, "squad"))
         questions = drawn_questions(encoder, load_dataset(dev).examples, n_questions)
         pool = _pool(encoder, load_dataset(Path(facts["files"]["data"])).examples, n_ctx, config.seed)
-        cells = whole_cells(max(e.n_tokens for e in questions))
-        options = ContextOptions(
-            cells, len(questions), max(64, len(questions)), n_threads=n_threads, kv_type=config.engine.kv_type, flash=config.engine.flash
-        )
-        with LlamaOracle(model, space, "answer", options) as oracle:
-            oracle.load(questions)
+        with asking(model, space, config.space.scope, questions, config.engine, n_threads) as loss:
             theta = space.initial_theta()
-            oracle.write(theta)
-            curve = [(0.0, float(oracle.losses().mean()))]
+            curve = [Point(0.0, loss(theta))]
             for entry, row in zip(read_ledger(run / "ledger.bin", genesis_of(facts)), read_metrics(run), strict=True):
                 theta = replay(theta, [entry])
-                oracle.write(theta)
-                curve.append((row["elapsed_s"], float(oracle.losses().mean())))
-                if curve[-1][1] <= min(LOSSES):
+                passes = curve[-1].passes + passes_of(config, row["n_probes"])
+                curve.append(Point(row["elapsed_s"], loss(theta), passes))
+                if curve[-1].loss <= floor:
                     break
-    return curve, Job(path, run / "initial.gguf", n_threads, questions, pool), config.space.train
+    return curve, Job(path, run / "initial.gguf", n_threads, questions, pool, config.space.scope), config.space.train
+
+
+def passes_of(config: TrainConfig, n_probes: int) -> int:
+    """Losses of single examples that a step asks for: of its probes, of its batch at theta, and of its test on fresh examples."""
+    batch, estimator = config.batch, config.estimator
+    n_batch = batch.units * batch.per_unit
+    probed = n_probes * estimator.examples_per_probe
+    if config.pacing.kind == "fixed":  # some groups are smaller than they may be, but each round has every example once
+        probed = min(probed, estimator.rounds * n_batch)
+    sides = 1 if estimator.sided == "one" else 2
+    return sides * probed + n_batch + (2 * batch.fresh * batch.per_unit if config.step.accept else 0)
 
 
 def drawn_questions(encoder: Any, examples: Sequence[Any], n: int) -> list[Encoded]:
@@ -122,11 +122,23 @@ class _Reached(Exception):
     """Nothing more to find out."""
 
 
-def adamw(job: Job, train: Train, rate: float, seconds: float) -> Curve:
-    """The questions' mean loss after every step of AdamW until the lowest of LOSSES or `seconds` of training."""
+def adamw(
+    job: Job,
+    train: Train,
+    rate: float,
+    seconds: float,
+    *,
+    floor: float = min(LOSSES),
+    n_points: int | None = None,
+    out: Path | None = None,
+) -> Curve:
+    """The questions' mean loss over AdamW until `floor` or `seconds` of training: after every step, or at about `n_points` moments.
+
+    What was learned goes to `out`, an adapter file. Without questions nothing is measured but time.
+    """
     import torch
 
-    from gguf_tools.adapter import read_adapter
+    from gguf_tools.adapter import read_adapter, write_adapter
 
     from .backprop import Example, Lora, TorchLlama, example_losses, prefill_batch, train_adamw
 
@@ -139,55 +151,44 @@ def adamw(job: Job, train: Train, rate: float, seconds: float) -> Curve:
     lora = Lora(tensors, scale, train=train)
 
     def example(e: Encoded) -> Example:
-        return Example(list(e.prompt), [*e.invocation, *e.target], len(e.invocation))
+        prompt, tokens = list(e.prompt), [*e.invocation, *e.target]
+        return Example(prompt, tokens, len(e.invocation)) if job.scope == "answer" else Example([], prompt + tokens, len(prompt) + len(e.invocation))
 
     questions = [example(e) for e in job.questions]
     slices = [questions[i : i + SLICE] for i in range(0, len(questions), SLICE)]
-    caches = [prefill_batch(model, [e.prompt for e in part]) for part in slices]
+    caches = [prefill_batch(model, [e.prompt for e in part]) if part[0].prompt else [None] * len(part) for part in slices]
 
     def loss() -> float:
         with torch.no_grad():
             found = [example_losses(model, lora, cache, part) for cache, part in zip(caches, slices, strict=True)]
-        return float(torch.cat(found).double().mean())
+        return float(torch.cat(found).double().mean()) if found else float("nan")
 
-    curve = [(0.0, loss())]
+    curve = [Point(0.0, loss())]
 
     def on_step(step: int, elapsed_s: float, batch_loss: float) -> None:
-        curve.append((elapsed_s, loss()))
-        if curve[-1][1] <= min(LOSSES):
+        if n_points is None or elapsed_s >= min(seconds, len(curve) * seconds / n_points):
+            curve.append(Point(elapsed_s, loss(), step * BATCH))
+        if curve[-1].loss <= floor:
             raise _Reached
 
     with contextlib.suppress(_Reached):
         train_adamw(model, lora, [example(e) for e in job.pool], rate, BATCH, seconds, on_step)
+    if out is not None:
+        write_adapter(out, replace(adapter, tensors={name: (a.detach().numpy(), b.detach().numpy()) for name, (a, b) in lora.weights.items()}))
     return curve
 
 
-def reached(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """When a curve is first at `loss` or below; None where it never is.
-
-    >>> reached([(0, 4.0), (5, 1.3), (9, 1.5)], 1.32)
-    5
-    """
-    return next((seconds for seconds, value in curve if value <= loss), None)
-
-
-def fastest(curves: Sequence[Curve], loss: float) -> float | None:
-    """The earliest time at which any of the curves is at `loss`."""
-    times = [seconds for curve in curves if (seconds := reached(curve, loss)) is not None]
-    return min(times, default=None)
-
-
-def figures_of(forward: Curve, same: dict[float, Curve], more: dict[float, Curve]) -> dict[str, Any]:
+def figures_of(forward: Curve, same: Mapping[float, Curve], more: Mapping[float, Curve]) -> dict[str, Any]:
     """The race's figures, from curves by learning rate: of the same trained numbers, and of A and B together."""
     found: dict[str, Any] = {"forward_s": {}, "backprop_s": {}, "backprop_ab_s": {}, "ratios": {}}
     for loss in LOSSES:
-        found["forward_s"][str(loss)] = mine = reached(forward, loss)
+        found["forward_s"][str(loss)] = mine = reached_s(forward, loss)
         found["backprop_s"][str(loss)] = other = fastest(list(same.values()), loss)
         found["backprop_ab_s"][str(loss)] = fastest(list(more.values()), loss)
         found["ratios"][str(loss)] = mine / other if mine and other else None
     goal = str(GOAL)
     ours, with_a = found["forward_s"][goal], found["backprop_ab_s"][goal]
-    by_rate = {rate: seconds for rate, curve in same.items() if (seconds := reached(curve, GOAL)) is not None}
+    by_rate = {rate: seconds for rate, curve in same.items() if (seconds := reached_s(curve, GOAL)) is not None}
     return {
         "ratio": found["ratios"][goal],
         "forward_goal_s": ours,
@@ -195,9 +196,9 @@ def figures_of(forward: Curve, same: dict[float, Curve], more: dict[float, Curve
         "backprop_ab_goal_s": with_a,
         "ratio_ab": ours / with_a if ours and with_a else None,
         "best_rate": min(by_rate, key=lambda rate: by_rate[rate], default=None),
-        "forward_best_loss": min(loss for _, loss in forward),
-        "untrained_loss_llama": forward[0][1],  # the same model on the same questions: how well the two engines agree
-        "untrained_loss_torch": next(iter(same.values()))[0][1],
+        "forward_best_loss": min(point.loss for point in forward),
+        "untrained_loss_llama": forward[0].loss,  # the same model on the same questions: how well the two engines agree
+        "untrained_loss_torch": next(iter(same.values()))[0].loss,
         **found,
         "forward_curve": forward,
         "backprop_curves": {str(rate): curve for rate, curve in same.items()},

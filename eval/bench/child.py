@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -23,6 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
+from fwdllama.surroundings import peak_memory_bytes
+
+from .limit import limited
 from .measure import Bench, BenchError
 
 PROGRAM = "from fwdllama.cli.main import main; main()"
@@ -34,12 +38,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that ended well."""
+    """A command that ended well. `limit` says by which means its memory was limited, `group_bytes` what those counted at most."""
 
     command: str
     stdout: str
     wall_s: float
     peak_bytes: int
+    limit: str | None = None
+    group_bytes: int | None = None
 
     @property
     def json(self) -> Any:
@@ -50,18 +56,20 @@ class Ran:
 class Command:
     """A `fwdllama` command in a process of its own, which does not outlive the block it is used in."""
 
-    def __init__(self, bench: Bench, *words: object, piped: bool = False) -> None:
-        """`piped`: stderr is for reading from `process.stderr`; otherwise it goes to the log."""
+    def __init__(self, bench: Bench, *words: object, piped: bool = False, limit_bytes: int | None = None) -> None:
+        """`piped`: stderr is for reading from `process.stderr`; otherwise it goes to the log. `limit_bytes`: a hard limit of memory."""
         self.line = line_of(words)
         self._log = bench.work / LOG
-        self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the block
+        self._resources = ExitStack()
+        self.limit = None if limit_bytes is None else self._resources.enter_context(limited(limit_bytes))
+        self._stdout = self._resources.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - closed with the block
         with open(self._log, "a") as log:
             log.write(f"$ {self.line}\n")
             log.flush()
             self._said_from = log.tell()
             self.begun = time.monotonic()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *map(str, words)],
+                [*(self.limit.words if self.limit else ()), sys.executable, "-c", PROGRAM, *map(str, words)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._stdout,
                 stderr=subprocess.PIPE if piped else log,
@@ -99,11 +107,14 @@ class Command:
         self._check()
         self._stdout.seek(0)
         peak = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
-        return Ran(self.line, self._stdout.read(), wall_s, peak)
+        if self.limit is None:
+            return Ran(self.line, self._stdout.read(), wall_s, peak)
+        return Ran(self.line, self._stdout.read(), wall_s, peak, self.limit.means, self.limit.peak_bytes())
 
     def _check(self) -> None:
         if self.process.returncode != 0:
-            raise BenchError(f"`{self.line}` ended with {self.process.returncode}: {self._last_words()}")
+            limit = f" under a hard limit of {self.limit}, which killed {self.limit.n_killed()}" if self.limit else ""
+            raise BenchError(f"`{self.line}` ended with {self.process.returncode}{limit}: {self._last_words()}")
 
     def _last_words(self) -> str:
         with open(self._log, "rb") as log:
@@ -120,7 +131,7 @@ class Command:
             self.process.wait()
         if self.process.stderr is not None:
             self.process.stderr.close()
-        self._stdout.close()
+        self._resources.close()
 
 
 def line_of(words: Sequence[object]) -> str:
@@ -128,13 +139,13 @@ def line_of(words: Sequence[object]) -> str:
     return shlex.join(["fwdllama", *map(str, words)])
 
 
-def run(bench: Bench, *words: object) -> Ran:
-    """Run a `fwdllama` command to its end.
+def run(bench: Bench, *words: object, limit_bytes: int | None = None) -> Ran:
+    """Run a `fwdllama` command to its end, with `limit_bytes` under a hard limit of memory.
 
     Raises:
-        BenchError: it failed.
+        BenchError: it failed, or memory cannot be limited here.
     """
-    with Command(bench, *words) as command:
+    with Command(bench, *words, limit_bytes=limit_bytes) as command:
         return command.finished()
 
 
@@ -144,6 +155,15 @@ def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     Raises:
         BenchError: it raised something, whose traceback is the message, or the process died.
     """
+    return peak_of(function, *args, **kwargs)[0]
+
+
+def peak_of(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, int]:
+    """What `in_child` returns, and the bytes that the process held at most.
+
+    Raises:
+        BenchError: as `in_child`.
+    """
     context = get_context("spawn")  # not fork, which would copy whatever threads and locks there are here
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sending, function, args, kwargs), daemon=True)
@@ -151,7 +171,7 @@ def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     sending.close()
     try:
         try:
-            failed, value = receiving.recv()
+            failed, value, peak_bytes = receiving.recv()
         except EOFError:
             process.join()
             raise BenchError(f"{function.__name__} died with exit code {process.exitcode} and without a result.") from None
@@ -165,16 +185,23 @@ def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if failed:
         raise BenchError(str(value))
     result: R = value
-    return result
+    return result, peak_bytes
 
 
 def _call(sending: Connection, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     try:
         value = function(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - it is raised again on the other side
-        sending.send((True, f"{error}\n{traceback.format_exc()}"))
+        sending.send((True, f"{error}\n{traceback.format_exc()}", 0))
     else:
-        sending.send((False, value))
+        sending.send((False, value, _own_peak_bytes()))
+
+
+def _own_peak_bytes() -> int:
+    """The most that this process held since it became this program; `getrusage` would count what started it too."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), peak_memory_bytes())
 
 
 def read_state(run_path: Path) -> dict[str, Any]:

@@ -24,12 +24,14 @@ MODEL = "smollm2-135m"
 
 def all_items() -> tuple[Item, ...]:
     """What the bench measures, in this order: later items look at what earlier ones trained."""
-    from . import backprop_race, costs, directions, examples, plan, runs, safety, speed
+    from . import backprop_race, costs, depth, directions, examples, large, paper, plan, prompts, runs, safety, scaling, speed
     from .federation import dropout, hostile, kill, load
     from .federation import training as together
 
-    training = (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS, *costs.ITEMS, *speed.ITEMS, *examples.ITEMS)
-    return (*training, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM, *load.ITEMS, *kill.ITEMS, *dropout.ITEMS, *hostile.ITEMS, together.ITEM)
+    trained = (*runs.SQUAD_ITEMS, *backprop_race.ITEMS, *directions.ITEMS)
+    costing = (*costs.ITEMS, *speed.ITEMS, *depth.ITEMS, *examples.ITEMS, prompts.ITEM, *plan.ITEMS, *safety.ITEMS, runs.DEMO_ITEM)
+    federation = (*load.ITEMS, *kill.ITEMS, *dropout.ITEMS, *hostile.ITEMS, together.ITEM)
+    return (*trained, *costing, *federation, *paper.ITEMS, *large.ITEMS, *scaling.ITEMS)
 
 
 def register(app: typer.Typer, *, items: Sequence[Item] | None = None) -> None:

@@ -100,7 +100,7 @@ def probe_times(model: str, data: Path, n_probes: int, n_rounds: int) -> tuple[d
         found["whole"] = _pair(whole, space, examples, None, probes, n_rounds)
     parts = cut(path, file_sha256(path, default_cache_dir()), space.first_layer, default_cache_dir())
     if parts is not None:
-        with Model(parts.top) as top:
+        with Model(parts.top, needs_vocabulary=False) as top:
             found["trunk"] = _pair(top, space, examples, parts, probes, n_rounds)
     return found, fmean(len(e.prompt) for e in examples)
 

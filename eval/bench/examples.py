@@ -77,8 +77,10 @@ def states(model: str, data: Path, run_path: Path) -> list[State]:
     """Before the first step of a finished run and after its last, on the run's first batch."""
     from fwdllama.checkpoint import RunDirectory
     from fwdllama.config import read_config
+    from fwdllama.hooks import Hooks
+    from fwdllama.material import Source
     from fwdllama.models import resolve
-    from fwdllama.session import Hooks, Source, opened
+    from fwdllama.session import opened
     from gguf_tools.adapter import read_adapter
 
     config = read_config(run_path / "config.json")

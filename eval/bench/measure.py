@@ -19,7 +19,7 @@ TRAIN_FILE, DEV_FILE = "squad-train-4000.json.gz", "squad-dev-sample.json.gz"
 MARK = ".fwdllama-bench"  # in a folder that a bench made, and may empty
 
 Figures = Mapping[str, Any]  # plain values, as JSON holds them
-Need = Literal["data", "int4", "torch", "server", "postgresql"]
+Need = Literal["data", "fp16", "int8", "int4", "torch", "server", "postgresql"]
 
 
 class BenchError(FwdllamaError):
@@ -125,19 +125,24 @@ class Item:
 
     def lacking(self, bench: Bench) -> str | None:
         """Why it cannot be measured here, in one sentence; None where it can."""
-        return next((reason for need in (*(["model"] if self.model else []), *self.needs) if (reason := _REASONS[need](bench))), None)
+        return next((reason for need in (*(["model"] if self.model else []), *self.needs) if (reason := lacking(bench, need))), None)
 
 
-def int4_of(model: str) -> str | None:
-    """The name of a model's INT4 variant; None where it has none.
+def lacking(bench: Bench, need: str) -> str | None:
+    """Why a need is not met here; None where it is."""
+    return _REASONS[need](bench)
 
-    >>> int4_of("smollm2-135m"), int4_of("some/file.gguf")
+
+def variant_of(model: str, variant: str) -> str | None:
+    """The name of a variant of a model; None where it has none.
+
+    >>> variant_of("smollm2-135m", "int4"), variant_of("some/file.gguf", "int4")
     ('smollm2-135m:int4', None)
     """
     from fwdllama.registry import REGISTRY
 
     name = model.partition(":")[0]
-    return f"{name}:int4" if name in REGISTRY and "int4" in REGISTRY[name].variants else None
+    return f"{name}:{variant}" if name in REGISTRY and variant in REGISTRY[name].variants else None
 
 
 def _model_lacking(name: str) -> str | None:
@@ -150,9 +155,9 @@ def _model_lacking(name: str) -> str | None:
     return None
 
 
-def _int4_lacking(bench: Bench) -> str | None:
-    name = int4_of(bench.model)
-    return f"{bench.model} has no INT4 variant." if name is None else _model_lacking(name)
+def _variant_lacking(bench: Bench, variant: str) -> str | None:
+    name = variant_of(bench.model, variant)
+    return f"{bench.model} has no {variant.upper()} variant." if name is None else _model_lacking(name)
 
 
 def _data_lacking(bench: Bench) -> str | None:
@@ -180,7 +185,9 @@ def _postgresql_lacking(bench: Bench) -> str | None:
 
 _REASONS: Mapping[str, Callable[[Bench], str | None]] = {
     "model": lambda bench: _model_lacking(bench.model),
-    "int4": _int4_lacking,
+    "fp16": lambda bench: _variant_lacking(bench, "fp16"),
+    "int8": lambda bench: _variant_lacking(bench, "int8"),
+    "int4": lambda bench: _variant_lacking(bench, "int4"),
     "data": _data_lacking,
     "torch": _torch_lacking,
     "server": _server_lacking,

@@ -38,7 +38,7 @@ class Record:
         self.path, self.machine = path, machine
         self._results: dict[str, Result] = {}
         if path.exists():
-            before = _read(path)
+            before = read_results(path)
             for key in ("cpu", "cores"):
                 if before["machine"].get(key) != machine.get(key):
                     raise UsageError(
@@ -61,13 +61,18 @@ class Record:
         write_atomically(self.path, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
+    """A results file: `machine` and `results`.
+
+    Raises:
+        UsageError: it is something else.
+    """
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError):
         data = None
     if not isinstance(data, dict) or data.get("fwdllama_bench") != FORMAT:
-        raise UsageError(f"{path} exists and holds no results of this bench; name another --out.")
+        raise UsageError(f"{path} holds no results of this bench; name another file.")
     return data
 
 

@@ -15,12 +15,13 @@ from typing import Any
 from fwdllama.checkpoint import read_metrics, write_atomically
 
 from .child import line_of, read_state, run
-from .measure import Bar, Bench, BenchError, Figures, Item, Measured, int4_of
+from .measure import Bar, Bench, BenchError, Figures, Item, Measured, variant_of
 from .record import commit
 
 N_QUESTIONS = 400  # of the dev sample, in the order of the file
 SHORT, LONG, INT4 = "squad-int8-300s", "squad-int8-1200s", "squad-int4-300s"
 MADE = "made.json"  # beside a run directory: what made it
+STAGED = ("--scope", "answer", "--stage-layers", "5")  # the layers below the adapter once, five in memory at a time, then the upper ones alone
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Trained:
 
 def trained(bench: Bench, name: str, *, anew: bool = False) -> Trained:
     """The run of item `name`: the one in the work folder, or with `anew` or where there is none, a new one."""
-    model, seconds = {SHORT: (bench.model, 300), LONG: (bench.model, 1200), INT4: (int4_of(bench.model), 300)}[name]
+    model, seconds = {SHORT: (bench.model, 300), LONG: (bench.model, 1200), INT4: (variant_of(bench.model, "int4"), 300)}[name]
     folder = bench.work / name
     words = train_words(bench, folder, "--seconds", f"{bench.seconds(seconds):g}", model=model)
     made = folder / MADE
@@ -67,9 +68,9 @@ def train_words(bench: Bench, folder: Path, *more: object, model: str | None = N
     return ("train", *map(str, (*files, *more)), "--json")
 
 
-def scores(bench: Bench, model: str, adapter: Path | None) -> dict[str, float]:
+def scores(bench: Bench, model: str, adapter: Path | None, n_questions: int = N_QUESTIONS) -> dict[str, float]:
     """F1, exact match and loss of a model on the first questions of the dev sample."""
-    limit = bench.questions(N_QUESTIONS)
+    limit = bench.questions(n_questions)
     words = ["eval", "--model", model, "--data", bench.dev_data, "--limit", limit, "--json"]
     if adapter is not None:
         words += ["--adapter", adapter, "--no-compare"]
@@ -81,9 +82,9 @@ def scores(bench: Bench, model: str, adapter: Path | None) -> dict[str, float]:
 
 
 @functools.cache
-def base_scores(bench: Bench, model: str) -> dict[str, float]:
+def base_scores(bench: Bench, model: str, n_questions: int = N_QUESTIONS) -> dict[str, float]:
     """The untrained model's, asked once for all items of a bench: it is the same for each."""
-    return scores(bench, model, None)
+    return scores(bench, model, None, n_questions)
 
 
 def decode_shares(run_path: Path) -> dict[str, float]:
@@ -103,7 +104,7 @@ def decode_shares(run_path: Path) -> dict[str, float]:
 def squad(name: str, bench: Bench) -> Measured:
     """Train, then score before and after."""
     made = trained(bench, name, anew=True)
-    model = int4_of(bench.model) if name == INT4 else bench.model
+    model = variant_of(bench.model, "int4") if name == INT4 else bench.model
     if model is None:
         raise BenchError(f"{bench.model} has no INT4 variant.")
     tuned, base = scores(bench, model, made.adapter), base_scores(bench, model)

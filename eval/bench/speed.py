@@ -67,7 +67,7 @@ def oracles(model: str, n_places: int, *, naive: bool = False) -> Iterator[dict[
     options = ContextOptions(n_ctx, BATCH, n_outputs=BATCH * ANSWER_TOKENS, n_threads=default_threads(), flash=False)
     with ExitStack() as resources:
         parts = cut(path, file_sha256(path, default_cache_dir()), space.first_layer, default_cache_dir())
-        opened = resources.enter_context(Model(parts.top if parts else path))
+        opened = resources.enter_context(Model(parts.top if parts else path, needs_vocabulary=parts is None))
         trunk = None
         if parts:
             trunk = Trunk(parts, options, ModelOptions(), 1)

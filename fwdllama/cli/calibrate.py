@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fwdllama.cli import device as d
 from fwdllama.cli import options as o
 
 if TYPE_CHECKING:
@@ -42,10 +43,13 @@ def register(app: typer.Typer) -> None:
         held_out: o.HeldOut = None,
         ctx: o.Ctx = None,
         seed: o.Seed = None,
+        preset: d.Preset = None,
         threads: o.Threads = None,
         kv_type: o.KvType = None,
         mmap: o.Mmap = None,
         repack: o.Repack = None,
+        n_batch: o.NBatch = None,
+        nice: d.Nice = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
@@ -54,10 +58,12 @@ def register(app: typer.Typer) -> None:
         from fwdllama import training
         from fwdllama.models import resolve
 
-        config = o.configuration(context.params)
+        given = d.completed(context.params)
+        config = o.configuration(given)
         source = training.Source(data, None if kind == "auto" else kind, o.label_words(labels))
         hooks = training.Hooks(on_event=lambda text: typer.echo(text, err=True))
-        found = training.measure_noise(config, resolve(model), source, hooks)
+        with d.considerate(given, hooks.on_event):
+            found = training.measure_noise(config, resolve(model), source, hooks)
         if as_json:
             typer.echo(json.dumps(asdict(found), indent=2))
             return

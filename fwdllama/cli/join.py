@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fwdllama.cli import device as d
 from fwdllama.cli import options as o
 from fwdllama.errors import UsageError
 
 if TYPE_CHECKING:
-    from fwdllama.federation.guard import Guard
     from fwdllama.federation.work import Workplace
+    from fwdllama.guard import Guard
 
-DEVICE, LIMITS = "The device", "When it must not work"
-ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "gpu_layers", "trunk")
+DEVICE = "The device"
+ENGINE_SETTINGS = ("threads", "kv_type", "mmap", "repack", "n_batch", "together", "gpu_layers", "trunk", "stage_layers", "states", "keep_prompts")
 INTERRUPTED = 130
 TICK_S = 0.2
 
@@ -49,22 +50,26 @@ def register(app: typer.Typer) -> None:
         ] = None,
         ca_file: Annotated[Path | None, o.option(DEVICE, "Certificates to trust instead of the system's.", metavar="FILE.pem")] = None,
         once: Annotated[bool, typer.Option("--once", help="End after one task.", rich_help_panel=DEVICE)] = False,
-        min_battery: Annotated[
-            float, o.option(LIMITS, "Least charge on battery, 0 to 1.", "0.3", metavar="X")
-        ] = 0.3,
-        only_charging: Annotated[bool, typer.Option("--only-charging", help="Work on external power only.", rich_help_panel=LIMITS)] = False,
-        max_temperature: Annotated[
-            float | None, o.option(LIMITS, "Degrees Celsius of the hottest sensor.", "45 for the battery, none else", metavar="C")
-        ] = None,
+        min_battery: d.MinBattery = None,
+        only_charging: d.OnlyCharging = None,
+        max_temperature: d.MaxTemperature = None,
         kind: o.Kind = "auto",
         labels: o.Labels = None,
         limit: Annotated[int | None, o.option(o.DATA, "Use only the first N examples.", "all", metavar="N", min=1)] = None,
+        preset: d.Preset = None,
         threads: o.Threads = None,
         kv_type: o.KvType = None,
         mmap: o.Mmap = None,
         repack: o.Repack = None,
+        n_batch: o.NBatch = None,
+        together: o.Together = None,
+        nice: d.Nice = None,
         gpu_layers: o.GpuLayers = None,
         trunk: o.Trunk = None,
+        stage_layers: o.StageLayers = None,
+        states: o.States = None,
+        memory_budget: o.MemoryBudget = None,
+        keep_prompts: o.KeepPrompts = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for whatever happens.")] = False,
     ) -> None:
         """Work for an aggregator with your own data, which stays here: losses are all that is sent.
@@ -72,21 +77,26 @@ def register(app: typer.Typer) -> None:
         Ctrl-C stops, and the same command goes on. A lost network, sleep and restarts cost at most the task in progress.
         """
         from fwdllama.federation.connection import checked_url, read_token
-        from fwdllama.federation.guard import Guard
         from fwdllama.federation.work import Workplace
+        from fwdllama.material import Source
         from fwdllama.models import resolve
-        from fwdllama.session import Source
 
         if token is not None and token_file is not None:
             raise UsageError("--token (or FWDLLAMA_TOKEN) and --token-file were both given; give one.")
         secret = read_token(token_file) if token_file is not None else token
         wanted = Wanted(checked_url(url), secret, (name or platform.node() or "device")[:64], run, folder, ca_file, once)
-        guard = Guard(min_battery=min_battery, only_charging=only_charging, max_temperature_c=max_temperature)
-        given = {key: context.params[key] for key in ENGINE_SETTINGS if context.params[key] is not None}
-        o.configuration(given)  # refuses what cannot be
-        engine = {o.SETTINGS[key].removeprefix("engine."): value for key, value in given.items()}
+        given = d.completed(context.params)
+        guard = d.guard_of(given)
+        settings = {key: given[key] for key in ENGINE_SETTINGS if given[key] is not None}
+        chosen = o.configuration(settings).engine  # refuses what cannot be
+        fields = [o.SETTINGS[key].removeprefix("engine.") for key in settings]
+        engine = {field: getattr(chosen, field) for field in fields}
         source = Source(data, None if kind == "auto" else kind, o.label_words(labels), limit)
-        if take_part(wanted, Workplace(resolve(model), source, engine), guard, as_json=as_json) == "stopped":
+        memory = None if given["memory_budget"] is None else o.memory_size(given["memory_budget"])
+        place = Workplace(resolve(model), source, engine, memory, o.kept(context.params))
+        with d.considerate(given, lambda text: typer.echo(text, err=True)):
+            ended = take_part(wanted, place, guard, as_json=as_json)
+        if ended == "stopped":
             raise typer.Exit(INTERRUPTED)
 
 
@@ -116,8 +126,8 @@ def take_part(wanted: Wanted, place: Workplace, guard: Guard, *, as_json: bool) 
     from fwdllama.federation.device import Device, Listener, Status
     from fwdllama.federation.identity import Identity
     from fwdllama.federation.store import FolderStore, default_folder
+    from fwdllama.hooks import Hooks
     from fwdllama.models import default_cache_dir
-    from fwdllama.session import Hooks
     from gguf_tools.model import file_sha256
 
     n_examples = len(place.source.load().examples)  # a mistake in the file is told before anybody is asked
@@ -139,7 +149,7 @@ def take_part(wanted: Wanted, place: Workplace, guard: Guard, *, as_json: bool) 
         if unprotected(wanted.url):
             watch.event(f"{wanted.url} is not encrypted: whoever listens on the way can read the token and the losses; https:// prevents it")
         client = Client(wanted.url, http, Identity.load(store, wanted.url), sleep=sleep)
-        place = replace(place, hooks=Hooks(on_event=watch.event, stop=interrupt.stop))
+        place = replace(place, hooks=Hooks(on_event=watch.event, on_staged=watch.staged, stop=interrupt.stop))
         listener = Listener(watch.event, status, interrupt.stop, sleep)
         device = Device(client, store, base, n_examples, place.hired, run_name=wanted.run, guard=guard, listener=listener, once=wanted.once)
         with device:

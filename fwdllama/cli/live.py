@@ -18,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fwdllama.formats import clock, number, percent, size
+from fwdllama.pause import Pause, paced
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig
     from fwdllama.trainer import Progress
+    from fwdllama.types import Staged
 
 INTERVAL_S = 0.25
 SHARE = 250  # a redraw takes at most 1/250 of the time
@@ -42,9 +44,11 @@ class Display:
         self.held_out: float | None = None
         self.n_redraws, self.redraw_s = 0, 0.0
         self._next_s = -1.0
+        self.pause = Pause(None, 1.0, 0.0)
         self._begun_s: float | None = None
         self._live: Live | None = None
         self._last: Progress | None = None
+        self._slice = -1  # the last layer of the slice that was last spoken of
 
     def __enter__(self) -> Display:
         return self
@@ -62,9 +66,27 @@ class Display:
         """A line about something that happened once."""
         self.console.print(Text(text), soft_wrap=True)
 
+    def staged(self, staged: Staged) -> None:
+        """Called for every unit that a slice of the lower layers is through with."""
+        now = self.now()
+        text = first_pass(staged)
+        if not self.console.is_terminal:
+            if staged.last != self._slice:
+                self._slice = staged.last
+                self.console.print(Text(text), soft_wrap=True)
+        elif now >= self._next_s or staged.done == 1:
+            self._next_s = now + INTERVAL_S
+            self.console.print(Text(text), end="\n" if staged.done == 1 else "\r", soft_wrap=True)
+
+    def rest(self, pause: Pause) -> None:
+        """Called while the run rests, and for every probe after it; seconds of rest are none of training."""
+        before, self.pause = self.pause, pause
+        if self._last is not None and pause != before:
+            self._redraw_when_due(self._last)
+
     def progress(self, progress: Progress) -> None:
         """Called for every probe, and with metrics for every step."""
-        now = self.now()
+        now = self._working_s()
         row = progress.metrics
         if self._begun_s is None or row is not None:
             self._begun_s = now - progress.state.elapsed_s
@@ -78,6 +100,10 @@ class Display:
                 self.console.print(Text(self.line(progress)), soft_wrap=True)
             return
         self._last = progress
+        self._redraw_when_due(progress)
+
+    def _redraw_when_due(self, progress: Progress) -> None:
+        now = self.now()
         if now < self._next_s:
             return
         self._redraw(progress)
@@ -95,7 +121,11 @@ class Display:
 
     def elapsed_s(self) -> float:
         """Seconds of training so far, those before a resume included."""
-        return self.now() - self._begun_s if self._begun_s is not None else 0.0
+        return self._working_s() - self._begun_s if self._begun_s is not None else 0.0
+
+    def _working_s(self) -> float:
+        """A clock that stands still during rests, as the run's own does."""
+        return self.now() - self.pause.rested_s
 
     def left_s(self, progress: Progress) -> float | None:
         """Seconds until the first budget is used up; None before that can be told."""
@@ -120,6 +150,7 @@ class Display:
             f"{row['n_probes']:,} probes",
             f"{row['tokens_per_s']:,.0f} tokens/s",
             self._clocks(progress),
+            paced(self.pause),
         ]
         return ", ".join(part for part in parts if part)
 
@@ -145,11 +176,25 @@ class Display:
         facts.add_row("speed", f"{number(row.get('tokens_per_s'), 0)} tokens/s, {share}")
         facts.add_row("memory", f"{size(row.get('peak_memory_bytes'))} at most")
         facts.add_row("time", self._clocks(progress))
+        if self.pause.why is not None:
+            facts.add_row("now", Text(paced(self.pause), style="yellow"))
         return Group(bar, facts)
 
     def _clocks(self, progress: Progress) -> str:
         left = self.left_s(progress)
-        return clock(self.elapsed_s()) + ("" if left is None else f", {clock(left)} left")
+        rested = f", {clock(self.pause.rested_s)} of rest" if self.pause.rested_s >= 1 else ""
+        return clock(self.elapsed_s()) + ("" if left is None else f", {clock(left)} left") + rested
+
+
+def first_pass(staged: Staged) -> str:
+    """How far the first pass of a staged run is.
+
+    >>> from fwdllama.types import Staged
+    >>> first_pass(Staged(8, 16, 24, 0.5, 30.0))
+    'layers 8 to 15 of 24: 50% of the first pass, 0:30 left'
+    """
+    left = staged.elapsed_s * (1 - staged.done) / staged.done
+    return f"layers {staged.first} to {staged.last - 1} of {staged.of}: {percent(staged.done)} of the first pass, {clock(left)} left"
 
 
 def sparkline(values: list[float]) -> str:

@@ -6,6 +6,7 @@ when that is shown. Importing this module imports nothing heavy.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +18,7 @@ from fwdllama.errors import UsageError
 
 if TYPE_CHECKING:
     from fwdllama.config import TrainConfig
+    from fwdllama.setting import Change
 
 DEFAULT_SECONDS = 300.0  # of training, where no budget is given
 
@@ -161,10 +163,49 @@ Repack = Annotated[
     bool | None,
     switch("repack", ENGINE, "Rearrange the weights for this CPU; fastest."),
 ]
+NBatch = Annotated[
+    int | None, option(ENGINE, "Tokens decoded at once: fewer need less memory, and take longer for prompts.", SET, metavar="N")
+]
 GpuLayers = Annotated[int | None, option(ENGINE, "Layers on a GPU, if llama.cpp was built for one.", SET, metavar="N")]
 Trunk = Annotated[
     bool | None,
     switch("trunk", ENGINE, "Compute the layers below the first adapted one once an example."),
+]
+Together = Annotated[
+    int | None,
+    option(ENGINE, "Examples in a decode of probes, each probe with numbers of its own; 1: one probe after the other.", SET, metavar="N"),
+]
+KeepPrompts = Annotated[
+    str | None,
+    option(ENGINE, "Disk for the prompts' KV, in the cache folder, where data are few enough to be seen again; or no.", "2GB", metavar="SIZE"),
+]
+
+StageLayers = Annotated[
+    int | None,
+    option(
+        ENGINE,
+        "Train in two passes: first everything through the layers below the trained ones, so many of them in memory at a time, then training "
+        "with the upper ones alone. What lies between waits on disk. Peak memory is that of the larger pass.",
+        "one pass, all layers in memory",
+        metavar="N",
+    ),
+]
+States = Annotated[
+    Literal["f32", "f16"] | None,
+    option(ENGINE, "Type of what enters the first trained layer.", "f16 where it waits on disk, f32 in memory"),
+]
+MemoryBudget = Annotated[
+    str | None,
+    option(
+        ENGINE,
+        "Stay within so much memory, such as 2GB: chooses mapping, KV type, passes, examples in memory and layers, as far as they are not given, "
+        "and says what.",
+        "all that there is",
+        metavar="SIZE",
+    ),
+]
+FromLayer = Annotated[
+    int | None, option(SPACE, "First adapted layer, for as many as would be adapted.", "see --layers", metavar="N", min=0)
 ]
 
 # Every option that is a setting of `fwdllama.config.TrainConfig`, by its parameter's name.
@@ -181,8 +222,41 @@ SETTINGS: Mapping[str, str] = {
     **{name: f"budget.{name}" for name in ("seconds", "steps", "probes", "patience")},
     "threads": "engine.n_threads",
     "gpu_layers": "engine.n_gpu_layers",
-    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "trunk")},
+    **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "n_batch", "together", "trunk", "stage_layers", "states")},
+    "keep_prompts": "engine.keep_prompts_bytes",
 }
+# What `--memory-budget` may change, by the option that keeps it as it is.
+CHANGES: Mapping[str, Change] = {
+    "mmap": "mmap",
+    "repack": "repack",
+    "kv_type": "kv_type",
+    "units": "batch",
+    "held_out": "held_out",
+    "layers": "from_layer",
+    "from_layer": "from_layer",
+    "stage_layers": "stage_layers",
+}
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+
+
+def memory_size(text: str, name: str = "--memory-budget", also: str = "") -> int:
+    """Bytes from `8GB`, `6.5G` or `700MiB`, given as the option `name`; units are binary, as memory is sold. `also` says what else it may be.
+
+    >>> memory_size("8GB") == 8 * 2**30
+    True
+
+    Raises:
+        UsageError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise UsageError(f"{name} is {text!r}, but must be {also}a size such as 8GB or 700MB.")
+    return int(float(found[1]) * (1 << _UNITS[found[2].upper()]))
+
+
+def kept(given: Mapping[str, Any]) -> frozenset[Change]:
+    """What the options that were given leave no choice about."""
+    return frozenset(change for name, change in CHANGES.items() if given.get(name) is not None)
 
 
 def configuration(given: Mapping[str, Any]) -> TrainConfig:
@@ -231,7 +305,11 @@ def _layers(text: str) -> tuple[int, int]:
         raise UsageError(f"--layers is {text!r}, but must be the first and the last layer, such as 9-17.") from None
 
 
-_PARSERS: Mapping[str, Callable[[str], Any]] = {"modules": _modules, "layers": _layers}
+def _keep_prompts(text: str) -> int | None:
+    return None if text.strip().lower() == "no" else memory_size(text, "--keep-prompts", "no, or ")
+
+
+_PARSERS: Mapping[str, Callable[[str], Any]] = {"modules": _modules, "layers": _layers, "keep_prompts": _keep_prompts}
 
 
 def label_words(text: str | None) -> dict[str, str] | None:

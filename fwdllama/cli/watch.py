@@ -14,9 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fwdllama.cli.live import INTERVAL_S, N_LOSSES, sparkline
+from fwdllama.cli.live import INTERVAL_S, N_LOSSES, first_pass, sparkline
 from fwdllama.federation.device import Status
 from fwdllama.formats import clock, number
+from fwdllama.types import Staged
 
 
 class Watch:
@@ -27,6 +28,7 @@ class Watch:
         self.console = console or Console(stderr=True)
         self.losses: list[float] = []
         self._last = Status()
+        self._slice = -1
         self._next_s = -1.0
         self._live: Live | None = None
 
@@ -45,6 +47,12 @@ class Watch:
             typer.echo(json.dumps({"at": round(self.now(), 3), "event": text}))
         else:
             self.console.print(Text(text), soft_wrap=True)
+
+    def staged(self, staged: Staged) -> None:
+        """Called for every unit that a slice of the lower layers is through with: a line for each slice."""
+        if staged.last != self._slice:
+            self._slice = staged.last
+            self.event(first_pass(staged))
 
     def status(self, status: Status) -> None:
         """Called whenever something changed, for every probe too."""

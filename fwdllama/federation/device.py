@@ -20,13 +20,13 @@ from typing import Literal
 from fwdllama.errors import FederationError, Refused, Stopped, Unreachable
 from fwdllama.federation.catchup import Follower
 from fwdllama.federation.client import Client, slept
-from fwdllama.federation.guard import Guard
 from fwdllama.federation.message import Assignment, CheckIn, Run, Task, Wait
 from fwdllama.federation.run import chosen_run
 from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.spool import Pending, Spool
 from fwdllama.federation.store import Store
 from fwdllama.federation.worker import Place, Worker
+from fwdllama.guard import Guard
 
 GONE = (404, 409, 410)  # for a result: unknown, stale, late
 MOST_REFUSED = 3  # results in a row that the aggregator finds wrong, before the device gives up

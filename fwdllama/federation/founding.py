@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from fwdllama.config import EngineConfig, TrainConfig
 from fwdllama.errors import UsageError
 from fwdllama.federation.spec import RunSpec
-from fwdllama.session import Hooks, Session, Source, opened
+from fwdllama.hooks import Hooks
+from fwdllama.material import Source
+from fwdllama.session import Session, opened
 from gguf_tools.adapter import adapter_bytes
 
 

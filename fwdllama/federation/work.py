@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fwdllama.config import EngineConfig
 from fwdllama.errors import AdapterError, FederationError
 from fwdllama.federation.origin import origin_of
 from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.worker import OracleWorker
+from fwdllama.fitting import SHARED, fitted
+from fwdllama.hooks import Hooks
 from fwdllama.layout import space_of
-from fwdllama.session import Hooks, Source, opened
+from fwdllama.material import Source
+from fwdllama.session import opened
+from fwdllama.setting import Change
 from gguf_tools.model import read_model_info
 from gguf_tools.validate import check_adapter
 
@@ -29,6 +34,8 @@ class Workplace:
     model: Path
     source: Source
     engine: Mapping[str, Any] = field(default_factory=dict)
+    memory_bytes: int | None = None  # to stay within; None: whatever it needs
+    kept: frozenset[Change] = frozenset()  # what of the engine may not be changed for that
     hooks: Hooks = field(default_factory=Hooks)
 
     @contextmanager
@@ -39,7 +46,10 @@ class Workplace:
             FileError: the adapter is damaged, or does not fit the model.
             FwdllamaError: data or model cannot be used for this run; nothing was loaded where that could be told before.
         """
-        config = spec.train.model_copy(update={"engine": spec.train.engine.model_copy(update=dict(self.engine))})
+        disk = {"keep_prompts_bytes": EngineConfig().keep_prompts_bytes}  # never as much as a run asks for
+        config = spec.train.model_copy(update={"engine": spec.train.engine.model_copy(update={**disk, **self.engine})})
+        if self.memory_bytes is not None:
+            config = fitted(config, self.model, self.source, self.memory_bytes, kept=SHARED | self.kept, on_event=self.hooks.on_event)
         info = read_model_info(self.model)
         check_adapter(initial, f"the initial adapter of run {spec.name!r}", info)
         origin = origin_of(spec, initial)
@@ -49,7 +59,7 @@ class Workplace:
                 "the run was made for another model, or by another version of fwdllama."
             )
         adapter = origin.adapter
-        with opened(config, self.model, self.source, self.hooks, a=origin.space.initial_a()) as session:
+        with opened(config, self.model, self.source, self.hooks, a=origin.space.initial_a(), endless=True) as session:
             if adapter.scope == "answer" and session.invocation != adapter.invocation_tokens:
                 raise FederationError(
                     f"run {spec.name!r} asks its questions in another form: its answers begin behind the tokens {_few(adapter.invocation_tokens)}, "

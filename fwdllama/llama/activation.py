@@ -24,7 +24,7 @@ from fwdllama.llama.binding import TensorHead, ggml, layout_is_known
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
 from fwdllama.llama.prompts import decode
-from fwdllama.llama.trunk import Trunk
+from fwdllama.llama.trunk import Below
 from fwdllama.types import Encoded, Scope
 
 log = logging.getLogger("fwdllama.llama")
@@ -39,7 +39,7 @@ def module_inputs(
     examples: Sequence[Encoded],
     names: Sequence[str],
     scope: Scope,
-    trunk: Trunk | None = None,
+    trunk: Below | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Inputs of the weights `names` on the tokens where an adapter of `scope` is on, in the base model.
 

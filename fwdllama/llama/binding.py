@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fwdllama.errors import EngineError
+from gguf_tools.library import llama_cpp as loaded
 
 log = logging.getLogger("fwdllama.llama")
 engine_log = logging.getLogger("fwdllama.llama.cpp")  # llama.cpp's own words, apart so that they can be silenced
@@ -40,6 +41,7 @@ _GGML_SYMBOLS = {
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_buffer_is_host": (ctypes.c_bool, [ctypes.c_void_p]),
+    "ggml_get_type_traits": (ctypes.c_void_p, [ctypes.c_int]),
 }
 
 # llama.cpp's own log level -> ours. 5 means "continues the line before".
@@ -67,6 +69,20 @@ class TensorHead(ctypes.Structure):
     )
 
 
+class TypeTraits(ctypes.Structure):
+    """Mirror of `struct ggml_type_traits` (ggml.h). Its name and sizes must be compared with what is known of the type."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
 _OBJECT_HEADER_BYTES = 32  # sizeof(struct ggml_object), which ggml_tensor_overhead() includes
 
 
@@ -78,7 +94,7 @@ def llama() -> Any:
         EngineError: it is not installed, or it lacks a function that training needs.
     """
     try:
-        import llama_cpp
+        llama_cpp = loaded()
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineError(f"llama-cpp-python cannot be loaded ({error}). Install version {TESTED_VERSION}.") from error
     missing = [name for name in _LLAMA_SYMBOLS if not hasattr(llama_cpp, name)]
@@ -95,7 +111,8 @@ def llama() -> Any:
 @functools.cache
 def _log_callback(llama_cpp: Any) -> Any:
     def write(level: int, text: bytes, _user_data: object) -> None:
-        engine_log.log(_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
+        expected = b"dummy tokens" in text  # a part without vocabulary has no others
+        engine_log.log(logging.DEBUG if expected else _LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
 
     return llama_cpp.llama_log_callback(write)
 

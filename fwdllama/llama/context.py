@@ -151,6 +151,28 @@ class Context:
         """Make `target` hold what `source` holds."""
         llama().llama_memory_seq_cp(self.memory, source, target, -1, -1)
 
+    def saved(self, sequence: int) -> NDArray[np.uint8]:
+        """What `sequence` holds, as bytes that `restore` takes.
+
+        Raises:
+            EngineError: llama.cpp cannot tell.
+        """
+        size = llama().llama_state_seq_get_size(self.handle, sequence)
+        state = np.empty(size, np.uint8)
+        if llama().llama_state_seq_get_data(self.handle, _bytes(state), size, sequence) != size:
+            raise EngineError(f"{self.model.info.path}: llama.cpp cannot save what a sequence of this architecture's KV cache holds.")
+        return state
+
+    def restore(self, sequence: int, state: NDArray[np.uint8]) -> None:
+        """Make `sequence` hold what was saved, of this or another sequence of such a context; nothing at all where `state` is empty.
+
+        Raises:
+            EngineError: llama.cpp does not take it; the sequence may then hold anything.
+        """
+        self.forget(sequence, 0)
+        if len(state) and llama().llama_state_seq_set_data(self.handle, _bytes(state), len(state), sequence) != len(state):
+            raise EngineError(f"{self.model.info.path}: llama.cpp does not take back what was saved of a sequence.")
+
     def clear(self) -> None:
         """Forget every sequence."""
         llama().llama_memory_clear(self.memory, False)
@@ -166,3 +188,7 @@ class Context:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _bytes(values: NDArray[np.uint8]) -> Any:
+    return values.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -1,14 +1,13 @@
 """`LlamaOracle`: losses of a batch of examples under an adapter, computed by llama.cpp.
 
-Scope `answer`: prompts are decoded once a batch with the adapter off; every loss then drops the cells behind the prompts and decodes
-only invocation and target with the adapter on, about a tenth of the tokens. Scope `all`: the prompt is part of every loss.
+Scope `answer`: prompts are decoded once a batch, or with a `PromptPool` once, with the adapter off; every loss then drops the cells behind the
+prompts and decodes only invocation and target with the adapter on, about a tenth of the tokens. Scope `all`: the prompt is part of every loss.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -19,9 +18,11 @@ from fwdllama.llama.adapter import LoadedAdapter, Values, Writing, check_finite
 from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model
 from fwdllama.llama.packing import Need, packed
+from fwdllama.llama.pool import PromptPool, Unit
 from fwdllama.llama.prompts import fill
+from fwdllama.llama.row import Members, Row, n_behind, row_of, units_of
 from fwdllama.llama.stack import Stack
-from fwdllama.llama.trunk import Trunk
+from fwdllama.llama.trunk import Below
 from fwdllama.loss import choice_nll, token_nll
 from fwdllama.oracle import Losses
 from fwdllama.space import Space
@@ -29,46 +30,6 @@ from fwdllama.types import Encoded, Scope
 from gguf_tools.adapter import Adapter
 
 log = logging.getLogger("fwdllama.llama")
-
-
-@dataclass
-class _Row:
-    """What a loss decodes for one example: tokens behind the prompt, and which of them predict the target."""
-
-    start: int  # position of the first invocation token
-    tokens: NDArray[np.int32] | NDArray[np.float32]  # invocation + target[:-1], or what they are at the entrance of the top
-    first: int  # index in tokens of the one that predicts target[0]
-    target: NDArray[np.int32]
-    choices: NDArray[np.int32]
-
-
-def _row(example: Encoded) -> _Row:
-    return _Row(
-        len(example.prompt),
-        np.array(example.invocation + example.target[:-1], np.int32),
-        len(example.invocation) - 1,
-        np.array(example.target, np.int32),
-        np.array(example.choices, np.int32),
-    )
-
-
-def _n_behind(example: Encoded) -> int:
-    """Tokens that a loss decodes behind the example's prompt."""
-    return len(example.invocation) + len(example.target) - 1
-
-
-_Unit = list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # rows, their prompts, and what else was computed in advance
-
-
-def _units(examples: Sequence[Encoded | None], *, trunk: bool) -> dict[int, _Unit]:
-    """Rows whose prompts are decoded together, by unit; an example without one is a unit of its own, numbered below zero by row."""
-    units: dict[int, _Unit] = {}
-    for row, example in enumerate(examples):
-        if example is not None:
-            key = example.unit if example.unit is not None else -1 - row
-            behind = example.invocation + example.target[:-1] if trunk else ()
-            units.setdefault(key, []).append((row, example.prompt, behind))
-    return units
 
 
 class LlamaOracle:
@@ -81,15 +42,18 @@ class LlamaOracle:
         scope: Scope,
         options: ContextOptions,
         *,
-        trunk: Trunk | None = None,
+        trunk: Below | None = None,
+        pool: PromptPool | None = None,
         writing: Writing | None = None,
         n_places: int = 1,
     ) -> None:
         """`model` is the whole model, or with a `trunk` the top that belongs to it; names in `space` are the whole model's.
 
+        A `pool` is for scope `answer`, and of the identity of this very model, context and trunk.
         `n_places` thetas can be evaluated in one decode, if the adapter and the scope allow it; else the attribute is 1.
         """
         self.model, self.space, self.scope, self.trunk = model, space, scope, trunk
+        self.pool = pool if scope == "answer" else None
         adapter = Adapter(
             architecture=model.info.architecture,
             alpha=space.alpha,
@@ -101,11 +65,13 @@ class LlamaOracle:
         self.adapter = LoadedAdapter(model, adapter, writing=writing)
         self._own_names = {name: self._own_name(name) for name, _ in space.views(space.initial_theta())}
         self._stack = self._stacked(n_places)
+        # llama.cpp goes on in the last layer with the tokens that have logits: where that layer is adapted, each theta must have equally many.
+        self._is_last_adapted = space.last_layer - (trunk.first if trunk else 0) == model.n_layers - 1
         self.n_places = n_places if self._stack else 1
         self.context = Context(model, options, eval_callback=self._stack.look if self._stack else None)
-        self._units: dict[int, _Unit] = {}
-        self._states: dict[int, NDArray[np.float32]] = {}  # with a trunk: what enters the top, of whole examples
-        self._rows: list[_Row | None] = []
+        self._units: dict[int, Members] = {}
+        self._states: dict[int, NDArray[np.float32]] = {}  # with a trunk: what enters the top, of whole examples, or what losses decode of them
+        self._rows: list[Row | None] = []
         self._prompts: list[NDArray[np.int32] | None] = []
 
     def _stacked(self, n_places: int) -> Stack | None:
@@ -126,12 +92,12 @@ class LlamaOracle:
     @property
     def decode_s(self) -> float:
         """Seconds spent inside llama_decode so far."""
-        return self.context.decode_s + (self.trunk.context.decode_s if self.trunk else 0.0)
+        return self.context.decode_s + (self.trunk.decode_s if self.trunk else 0.0)
 
     @property
     def n_decoded(self) -> int:
         """Tokens decoded so far; those that only the trunk or only the top computed count as one each."""
-        return self.context.n_decoded + (self.trunk.context.n_decoded if self.trunk else 0)
+        return self.context.n_decoded + (self.trunk.n_decoded if self.trunk else 0)
 
     def fits(self, example: Encoded) -> bool:
         """Whether the example fits a sequence."""
@@ -140,7 +106,7 @@ class LlamaOracle:
     def load(self, examples: Sequence[Encoded | None]) -> None:
         """Make `examples` the batch; None leaves a row empty.
 
-        In scope `answer` this decodes their prompts, except those of units whose rows hold what they held before.
+        In scope `answer` this decodes their prompts, except those of units whose rows hold what they held before or that the pool has.
 
         Raises:
             DataError: too many examples, or one that does not fit its sequence.
@@ -153,9 +119,9 @@ class LlamaOracle:
             if example is not None:
                 self._check(example)
         before, self._units = self._units, {}  # a decode that fails leaves nothing that could pass for kept
-        self._rows = [None if e is None else _row(e) for e in examples]
+        self._rows = [None if e is None else row_of(e) for e in examples]
         self._prompts = [None if e is None else np.array(e.prompt, np.int32) for e in examples]
-        after = _units(examples, trunk=self.trunk is not None)
+        after = units_of(examples, trunk=self.trunk is not None)
         if self.scope == "answer":
             self.adapter.attach(self.context, False)
         kept = {key for key, members in after.items() if before.get(key) == members}
@@ -163,14 +129,26 @@ class LlamaOracle:
         for key, members in after.items():
             rows = [row for row, *_ in members]
             if key not in kept:
-                states.update(self._trunk_states(rows))
-                if self.scope == "answer":
-                    fill(self.context, self._prompts, rows, states=states if self.trunk else None)
+                states.update(self._trunk_states(rows) if self.scope == "all" else self._prompted(rows))
         for row, values in states.items():
-            self._row(row).tokens = values[self._row(row).start :]
+            self._row(row).tokens = values[-len(self._row(row).tokens) :]
         self._states = states
         self._units = after
         self.adapter.attach(self.context, True)
+
+    def _prompted(self, rows: list[int]) -> dict[int, NDArray[np.float32]]:
+        """Have a unit's prompts in the context; with a trunk, what enters the top behind each of them."""
+        prompts = [prompt for row in rows if (prompt := self._prompts[row]) is not None]
+        behind = [np.asarray(self._row(row).tokens, np.int32) for row in rows] if self.trunk else []
+        unit = Unit(rows, prompts, behind)
+        found = self.pool.restore(self.context, unit) if self.pool else None
+        if found is None:
+            states = self._trunk_states(rows)
+            fill(self.context, self._prompts, rows, states=states if self.trunk else None)
+            found = [states[row][self._row(row).start :].copy() for row in rows if row in states]  # what is before them need not be held
+            if self.pool:
+                self.pool.keep(self.context, unit, found)
+        return dict(zip(rows, found, strict=False))
 
     def _trunk_states(self, rows: list[int]) -> dict[int, NDArray[np.float32]]:
         if self.trunk is None:
@@ -183,9 +161,9 @@ class LlamaOracle:
         options = self.context.options
         if not example.invocation or not example.target:
             raise DataError(f"example {example.id} has no invocation or no answer, so nothing predicts the answer.")
-        if _n_behind(example) > options.n_batch or len(example.target) > options.n_outputs:
+        if n_behind(example) > options.n_batch or len(example.target) > options.n_outputs:
             raise DataError(
-                f"example {example.id} has {_n_behind(example)} tokens behind its prompt and {len(example.target)} to predict; "
+                f"example {example.id} has {n_behind(example)} tokens behind its prompt and {len(example.target)} to predict; "
                 f"one decode holds {options.n_batch} and {options.n_outputs}."
             )
         if not self.fits(example):
@@ -235,12 +213,14 @@ class LlamaOracle:
     def _beside(self, first: int, groups: list[Sequence[int]]) -> list[Losses]:
         """Losses of groups that one decode can hold, with the thetas of the places from `first` on."""
         assert self._stack is not None
-        if len(groups) > 1 and self.n_places > 1:
+        n_outputs = max(sum(self._need(row).n_outputs for row in group) for group in groups)
+        has_room = not self._is_last_adapted or len(groups) * n_outputs <= self.context.options.n_outputs
+        if len(groups) > 1 and self.n_places > 1 and has_room:
             rows = [row for group in groups for row in group]
             n_tokens = len(groups[0]) * max(self._need(row).n_tokens for row in rows)
             try:
-                with self._stack.beside(first, len(groups), n_tokens):
-                    losses = self._group_losses(rows)
+                with self._stack.beside(first, len(groups), n_tokens, n_outputs):
+                    losses = self._group_losses(rows, (len(groups), n_outputs) if self._is_last_adapted else None)
             except EngineError as error:
                 log.info("probes are computed one after the other: %s", error)
                 self.n_places = 1
@@ -252,7 +232,7 @@ class LlamaOracle:
             found.append(self.losses(group))
         return found
 
-    def _row(self, index: int) -> _Row:
+    def _row(self, index: int) -> Row:
         row = self._rows[index]
         if row is None:
             raise DataError(f"row {index} of the batch is empty.")
@@ -262,7 +242,8 @@ class LlamaOracle:
         row = self._row(index)
         return Need(row.start, len(row.tokens), len(row.target))
 
-    def _group_losses(self, group: list[int]) -> list[float]:
+    def _group_losses(self, group: list[int], even: tuple[int, int] | None = None) -> list[float]:
+        """Losses of rows that one decode can hold; `even` is a number of equal parts, and the logits that each must ask for."""
         width = max(len(self._row(r).tokens) for r in group)
         shape = (len(group), width)
         wants = np.zeros(shape, np.int8)
@@ -276,13 +257,17 @@ class LlamaOracle:
             sequences[i] = r
             wants[i, row.first : len(row.tokens)] = 1
             self.context.forget(r, row.start)
+        if even:
+            for part in wants.reshape(even[0], -1):
+                part[np.flatnonzero(part == 0)[: even[1] - int(part.sum())]] = 1
+        place = np.cumsum(wants) - 1  # of each token's logits
         logits = self.context.decode(tokens.reshape(shape[0] * shape[1], *tokens.shape[2:]), positions.ravel(), sequences.ravel(), wants.ravel())
         assert logits is not None
-        losses, start = [], 0
-        for r in group:
+        losses = []
+        for i, r in enumerate(group):
             row = self._row(r)
+            start = int(place[i * width + row.first])
             mine = logits[start : start + len(row.target)]
-            start += len(row.target)
             if len(row.choices):
                 losses.append(choice_nll(mine[0], row.choices, int(row.target[0])))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from fwdllama.errors import EngineError
 from fwdllama.llama.binding import ggml, layout_is_known
 from fwdllama.llama.context import Context, ContextOptions, Tokens
+from fwdllama.llama.embedding import Embeddings
 from fwdllama.llama.model import Model, ModelOptions
-from fwdllama.llama.trunk import Parts, Trunk
+from fwdllama.llama.slice import Slice
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Seam:
         return self.n_different == 0
 
 
-def compare(model: Path, parts: Parts, *, n_tokens: int = 64, n_threads: int = 2, seed: int = 0) -> Seam:
-    """Logits of random tokens from `model`, and from trunk and top; the three are loaded one after another.
+def compare(model: Path, trunk: Path, top: Path, at: int, *, n_tokens: int = 64, n_threads: int = 2, seed: int = 0) -> Seam:
+    """Logits of random tokens from `model`, and from trunk and top as it was cut at layer `at`; the three are loaded one after another.
 
     Raises:
         EngineError: this build of llama.cpp does not show the values that enter a layer.
@@ -42,13 +44,10 @@ def compare(model: Path, parts: Parts, *, n_tokens: int = 64, n_threads: int = 2
     with Model(model) as whole:
         tokens = np.random.default_rng(seed).integers(0, whole.n_vocab, n_tokens, dtype=np.int32)
         wanted = _logits(whole, options, tokens)
-    trunk = Trunk(parts, options, ModelOptions(), n_seq=1)
-    try:
-        (states,) = trunk.states([tokens], [tokens[:0]])
-    finally:
-        trunk.close()
-    with Model(parts.top) as top:
-        found = _logits(top, options, states)
+    with closing(Embeddings(trunk)) as embeddings, closing(Slice(trunk, options, ModelOptions(), 1, layers=at)) as lower:
+        (states,) = lower.passed([tokens], [embeddings.rows(tokens)])
+    with Model(top) as upper:
+        found = _logits(upper, options, states)
     different = wanted.view(np.uint32) != found.view(np.uint32)
     return Seam(n_tokens, wanted.size, int(different.sum()), float(np.abs(wanted - found).max()))
 

@@ -56,7 +56,7 @@ class Stack:
             layer = _Layer(_copy(TensorHead.from_address(address)), values)
             layer.head.data = values.ctypes.data
             self._layers[name] = self._by_address[address] = layer
-        self._active: tuple[int, int] | None = None  # places in use, tokens of each
+        self._active: tuple[int, tuple[int, ...]] | None = None  # places in use, columns of each: its tokens, or those that have logits
         self._patched: list[tuple[TensorHead, bytes]] = []  # nodes that were changed, and what they were
         self._kept: list[TensorHead] = []  # heads that they point to
         self._flat: dict[int, TensorHead] = {}  # address of a changed node -> what it looked like, for those that read it
@@ -85,35 +85,38 @@ class Stack:
                 sources[0] = ctypes.addressof(self._flat[sources[0]])
         return not ask
 
-    def _widen(self, address: int, layer: _Layer, n: int, n_tokens: int) -> None:
-        """Make a product of one matrix a product of n, each with the n_tokens columns that are its own."""
+    def _widen(self, address: int, layer: _Layer, n: int, columns: tuple[int, ...]) -> None:
+        """Make a product of one matrix a product of n, each with the columns that are its own."""
         node = TensorHead.from_address(address)
         given = TensorHead.from_address(node.src[1])
         flat = self._flat.get(node.src[1], given)
-        if flat.type != F32 or node.type != F32 or flat.ne[1] != n * n_tokens or flat.nb[1] != 4 * flat.ne[0] or flat.ne[2] * flat.ne[3] != 1:
-            self._odd = f"{bytes(layer.head.name).decode()} is given {flat.ne[1]} columns of type {flat.type} where {n * n_tokens} were expected"
+        n_own = next((each for each in columns if flat.ne[1] == n * each), None)
+        if flat.type != F32 or node.type != F32 or n_own is None or flat.nb[1] != 4 * flat.ne[0] or flat.ne[2] * flat.ne[3] != 1:
+            self._odd = f"{bytes(layer.head.name).decode()} is given {flat.ne[1]} columns of type {flat.type} where {n} times {columns} were expected"
             return
         was = bytes(node)
         self._flat[address] = _copy(node)
         _shape(layer.head, layer.values.shape[2], layer.values.shape[1], n)
         source = _copy(flat)
-        _shape(source, flat.ne[0], n_tokens, n)
+        _shape(source, flat.ne[0], n_own, n)
         self._kept.append(source)
         node.src[0], node.src[1] = ctypes.addressof(layer.head), ctypes.addressof(source)
-        _shape(node, node.ne[0], n_tokens, n)
+        _shape(node, node.ne[0], n_own, n)
         self._patched.append((node, was))
         self._n_seen += 1
 
     @contextmanager
-    def beside(self, first: int, n: int, n_tokens: int) -> Iterator[None]:
+    def beside(self, first: int, n: int, n_tokens: int, n_outputs: int) -> Iterator[None]:
         """While this is open, the first n_tokens tokens of a decode see the theta of place `first`, the next of the one after it, n in all.
+
+        The last layer may go on with the tokens that have logits alone, of which each place then has n_outputs.
 
         Raises:
             EngineError: at its end, where the graph was not what it must be; the logits are then worth nothing.
         """
         for layer in self._layers.values():
             layer.head.data = layer.values[first:].ctypes.data
-        self._active, self._n_seen, self._odd = (n, n_tokens), 0, None
+        self._active, self._n_seen, self._odd = (n, (n_tokens, n_outputs)), 0, None
         try:
             yield
         finally:

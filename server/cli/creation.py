@@ -110,8 +110,9 @@ def register(group: typer.Typer) -> None:
         """Found a run: choose A and the distance of probes with the model here, upload the initial adapter, and open the first round."""
         from fwdllama.cli.demo import bundled
         from fwdllama.federation.founding import check_shape, found
+        from fwdllama.hooks import Hooks
+        from fwdllama.material import Source
         from fwdllama.models import resolve
-        from fwdllama.session import Hooks, Source
 
         given = dict(context.params)
         if steps is None and probes is None:

@@ -174,9 +174,9 @@ def conclude(stage: Stage, played: Played, eval_limit: int | None, *, as_json: b
     from fwdllama.cli.summary import adapter_facts
     from fwdllama.config import make_config
     from fwdllama.formats import clock, number, size
+    from fwdllama.material import Source
     from fwdllama.models import resolve
     from fwdllama.report import RunSummary, write_report
-    from fwdllama.session import Source
     from fwdllama.surroundings import environment
 
     config, path = make_config(played.run["spec"]["train"]), stage.folder / ADAPTER

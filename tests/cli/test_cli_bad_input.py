@@ -25,7 +25,7 @@ def nothing_written(folder: Path) -> bool:
     [
         (["--model", "absent.gguf"], 1, "absent.gguf: no such file. A model is smollm2-135m"),
         (["--model", "smollm2-135m"], 1, "fetch it with: fwdllama model fetch smollm2-135m"),
-        (["--model", "smollm2-135m:int3"], 2, "smollm2-135m has no variant 'int3'; choose int8 or int4."),
+        (["--model", "smollm2-135m:int3"], 2, "smollm2-135m has no variant 'int3'; choose int8 or fp16 or int4."),
         (["--model", "."], 1, ". is a folder; give the path of a GGUF file."),
         (["--modules", "q,z"], 2, "--modules: module 'z' cannot be trained; choose from q, k, v, o, gate, up, down"),
         (["--modules", "token_embd"], 2, "with tied embeddings it is the output matrix too"),

@@ -19,7 +19,9 @@ from fwdllama.cli.watch import Watch
 from fwdllama.config import make_config
 from fwdllama.federation.device import Status
 from fwdllama.federation.spec import RunSpec
-from fwdllama.session import Hooks, Source, opened
+from fwdllama.hooks import Hooks
+from fwdllama.material import Source
+from fwdllama.session import opened
 from gguf_tools.adapter import adapter_bytes
 from gguf_tools.model import file_sha256
 from gguf_tools.synth import write_tiny_llama

@@ -25,7 +25,7 @@ def test_models_are_listed_for_people_and_programs(run: Run) -> None:
     ("arguments", "sentence"),
     [
         (["some.gguf"], "some.gguf: only smollm2-135m, gemma3-270m or hf:owner/repo/file.gguf can be fetched"),
-        (["smollm2-135m", "--variant", "int3"], "smollm2-135m has no variant 'int3'; choose int8 or int4."),
+        (["smollm2-135m", "--variant", "int3"], "smollm2-135m has no variant 'int3'; choose int8 or fp16 or int4."),
         (["hf:owner"], "hf:owner: write hf:owner/repo/file.gguf."),
     ],
 )

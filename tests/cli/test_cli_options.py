@@ -10,14 +10,14 @@ import typer
 from pydantic import BaseModel
 
 from fwdllama.cli import main
-from fwdllama.cli.options import DEFAULT_SECONDS, SETTINGS, configuration, label_words, say_defaults
+from fwdllama.cli.options import DEFAULT_SECONDS, SETTINGS, configuration, label_words, memory_size, say_defaults
 from fwdllama.config import TrainConfig, make_config
 from fwdllama.errors import UsageError
 
 from .conftest import Run
 
 # Settings that one would change only while working on the method itself.
-WITHOUT_OPTION = {"pacing.max_rounds", "step.half_life", "step.final_lr", "batch.evaluate_every", "engine.flash", "engine.n_batch"}
+WITHOUT_OPTION = {"pacing.max_rounds", "step.half_life", "step.final_lr", "batch.evaluate_every", "engine.flash"}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,8 @@ def test_help_says_the_default_that_holds(name: str, parameters: dict[str, Any])
         assert not re.fullmatch(r"[\d.]*|{}", said[1]), "a value is said, but nothing is set"
     elif isinstance(value, bool):
         assert said[1] == (name if value else f"no-{name}")
+    elif SETTINGS[name].endswith("_bytes"):
+        assert memory_size(said[1]) == value
     else:
         assert said[1] == (",".join(value) if isinstance(value, tuple) else str(value))
 
@@ -78,7 +80,8 @@ def test_help_that_is_shown_has_defaults(run: Run, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_choices_of_an_option_are_those_of_the_setting(name: str, parameters: dict[str, Any]) -> None:
     offered = parameters[name].type_descriptor.choices
-    allowed = get_args(fields(TrainConfig)[SETTINGS[name]])
+    kinds = get_args(fields(TrainConfig)[SETTINGS[name]])
+    allowed = tuple(value for kind in kinds if kind is not type(None) for value in get_args(kind) or (kind,))
     if offered is not None:
         assert tuple(offered) == allowed
 
@@ -106,6 +109,8 @@ def test_what_is_given_reaches_its_setting() -> None:
     assert (config.budget.steps, config.budget.seconds) == (7, None)
     assert config.pacing.kind == "variance"
     assert configuration({"layers": "4"}).space.layers == (4, 4)
+    assert configuration({"keep_prompts": "700MB"}).engine.keep_prompts_bytes == 700 << 20
+    assert configuration({"keep_prompts": "no"}).engine.keep_prompts_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -120,6 +125,7 @@ def test_what_is_given_reaches_its_setting() -> None:
         ({"layers": "a-b"}, "--layers is 'a-b', but must be the first and the last layer, such as 9-17."),
         ({"layers": "1-2-3"}, "--layers is '1-2-3', but must be the first and the last layer, such as 9-17."),
         ({"kv_type": "f8"}, "--kv-type: Input should be 'f16', "),
+        ({"keep_prompts": "all"}, "--keep-prompts is 'all', but must be no, or a size such as 8GB or 700MB."),
         ({"units": 1, "fresh": 2}, "fresh 2 cannot exceed units 1"),
     ],
 )

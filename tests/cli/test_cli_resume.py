@@ -110,7 +110,7 @@ def test_ending_at_once_says_how_to_go_on_where_there_is_a_run(
         if sentence:
             (tmp_path / name).mkdir()
             (tmp_path / name / "run.json").touch()
-        with pytest.raises(KeyboardInterrupt), stoppable(Path(name), budget):
+        with pytest.raises(KeyboardInterrupt), stoppable(Path(name), budget, {}):
             raise KeyboardInterrupt
         err = capsys.readouterr().err
         assert sentence in err

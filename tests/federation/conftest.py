@@ -17,12 +17,12 @@ import pytest
 from fwdllama.federation.client import Client
 from fwdllama.federation.connection import connection
 from fwdllama.federation.device import Device, Listener
-from fwdllama.federation.guard import Guard
 from fwdllama.federation.identity import Identity
 from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.store import MemoryStore, Store
 from fwdllama.federation.toy import BASE, toy_run
 from fwdllama.federation.worker import Worker, quadratic_worker
+from fwdllama.guard import Guard
 
 
 class Serving:

@@ -12,12 +12,12 @@ import pytest
 
 from fwdllama.errors import FederationError, Refused, Stopped
 from fwdllama.federation.device import Device, Listener
-from fwdllama.federation.guard import Guard
 from fwdllama.federation.message import theta_digest
 from fwdllama.federation.run import chosen_run
 from fwdllama.federation.spool import Pending
 from fwdllama.federation.store import MemoryStore
 from fwdllama.federation.worker import OracleWorker, quadratic_worker
+from fwdllama.guard import Guard
 from tests.federation.conftest import Made, Serving
 from tests.federation.made import Archive
 

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 
 from fwdllama.batches import grouped
+from fwdllama.config import BudgetConfig
 from fwdllama.errors import AdapterError, DataError, FederationError
 from fwdllama.estimator import evaluate
 from fwdllama.federation.message import EvaluateResult, Task, TrainResult, theta_digest
 from fwdllama.federation.spec import RunSpec
 from fwdllama.federation.work import Workplace
 from fwdllama.federation.worker import short
-from fwdllama.session import Hooks, Source, opened
+from fwdllama.hooks import Hooks
+from fwdllama.llama.oracle import LlamaOracle
+from fwdllama.material import Source
+from fwdllama.session import opened
 from gguf_tools.adapter import Adapter, adapter_bytes
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256
@@ -179,3 +183,16 @@ def test_the_engine_is_the_devices_own_choice(model: Path, source: Source, start
     assert results[0].examples == results[1].examples
     assert results[0].loss == pytest.approx(results[1].loss, abs=0.01)
     assert file_sha256(model) == spec.base.sha256
+
+
+def test_how_much_disk_prompts_may_take_is_never_the_runs_choice(model: Path, source: Source, started: tuple[RunSpec, Adapter]) -> None:
+    spec, adapter = started
+    greedy = spec.train.model_copy(
+        update={"engine": spec.train.engine.model_copy(update={"keep_prompts_bytes": 1 << 50}), "budget": BudgetConfig(steps=1000)}
+    )
+    limits = []
+    for engine in ({}, {"keep_prompts_bytes": 1 << 20}, {"keep_prompts_bytes": None}):
+        with Workplace(model, source, {"n_threads": 1, **engine}).hired(spec.model_copy(update={"train": greedy}), adapter_bytes(adapter)) as worker:
+            assert isinstance(worker.oracle, LlamaOracle)
+            limits.append(worker.oracle.pool and worker.oracle.pool.limit_bytes)
+    assert limits == [2 << 30, 1 << 20, None]

@@ -24,17 +24,18 @@ def tiny(**options: Any) -> Parts:
         return dissect(write_tiny_llama(Path(folder) / "m.gguf", **{**SIZES, **options}).read_bytes())
 
 
-def of_architecture(architecture: str) -> Parts:
+def of_architecture(architecture: str, n_layers: int = 1, **options: Any) -> Parts:
     """A model with the keys and the additional vectors of another architecture of the family."""
-    parts = tiny(architecture=architecture)
+    parts = tiny(architecture=architecture, n_layers=n_layers, **options)
     vectors = {
         "qwen2": {"attn_q.bias": N_EMBD, "attn_k.bias": N_EMBD // 2, "attn_v.bias": N_EMBD // 2},
         "qwen3": {"attn_q_norm.weight": N_HEAD_SIZE, "attn_k_norm.weight": N_HEAD_SIZE},
         "gemma3": {"attn_q_norm.weight": N_HEAD_SIZE, "attn_k_norm.weight": N_HEAD_SIZE, "post_attention_norm.weight": N_EMBD,
                    "post_ffw_norm.weight": N_EMBD},
     }  # fmt: skip
-    for name, n in vectors[architecture].items():
-        parts.tensors.append(Tensor(f"blk.0.{name}", (n,), data=np.ones(n, np.float32).tobytes()))
+    for i in range(n_layers):
+        for name, n in vectors.get(architecture, {}).items():
+            parts.tensors.append(Tensor(f"blk.{i}.{name}", (n,), data=np.ones(n, np.float32).tobytes()))
     if architecture == "gemma3":
         parts.set("gemma3.attention.sliding_window", U32, 32)
     return parts

@@ -1,4 +1,4 @@
-"""Requantised and cut models are what was asked for, appear whole or not at all, and llama.cpp keeps quiet."""
+"""Requantised models are what was asked for, appear whole or not at all, and llama.cpp keeps quiet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import pytest
 from gguf_tools.errors import FileError
 from gguf_tools.model import read_model_info
 from gguf_tools.quantize import quantize_model
-from gguf_tools.split import extract_layers
 from gguf_tools.synth import write_tiny_llama
 
 
@@ -61,81 +60,12 @@ def test_an_already_quantised_model_is_requantised_unless_forbidden(source: Path
     assert {path.name for path in tmp_path.iterdir()} == {"q8.gguf", "q4.gguf"}
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 5), (0, 2), (2, 5), (1, 4), (4, 5)])
-def test_extracted_layers_are_the_same_bytes_numbered_from_zero(
-    first: int, last: int, source: Path, tmp_path: Path, open_llama: Callable[..., Any]
-) -> None:
-    info = extract_layers(source, tmp_path / "part.gguf", first, last)
-    assert info.n_layers == last - first
-    expected = {}
-    for name, data in tensor_bytes(source).items():
-        _, _, rest = name.partition(".")
-        layer, _, module = rest.partition(".")
-        if not name.startswith("blk."):
-            expected[name] = data
-        elif first <= int(layer) < last:
-            expected[f"blk.{int(layer) - first}.{module}"] = data
-    assert tensor_bytes(info.path) == expected
-    assert open_llama(info.path).logits([5, 6, 7]).shape == (3, 320)
-
-
-def test_extracting_keeps_quantised_tensors_as_they_are(tmp_path: Path) -> None:
-    quantised = write_tiny_llama(tmp_path / "q.gguf", type="Q4_0", n_layers=12, tied=False)
-    info = extract_layers(quantised, tmp_path / "part.gguf", 9, 12)
-    assert (info.n_layers, info.quantisation, info.file_type) == (3, "Q4_0", 2)
-    whole, part = tensor_bytes(quantised), tensor_bytes(info.path)
-    assert part["blk.2.attn_v.weight"] == whole["blk.11.attn_v.weight"]
-    assert part["output.weight"] == whole["output.weight"]
-
-
-@pytest.mark.parametrize(("first", "last"), [(3, 3), (4, 2), (-1, 2), (0, 6)])
-def test_layers_that_are_not_there_are_refused(first: int, last: int, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=rf"has layers 0 to 4, but {first} to {last - 1} were asked for"):
-        extract_layers(source, tmp_path / "part.gguf", first, last)
-
-
 def patched(path: Path, old: bytes, new: bytes, target: Path) -> Path:
     """The file with `old` replaced everywhere by `new` of the same length."""
     assert len(old) == len(new)
     assert old in path.read_bytes()
     target.write_bytes(path.read_bytes().replace(old, new))
     return target
-
-
-def test_layers_of_an_unknown_architecture_are_not_moved(tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "other.gguf", architecture="cohere2")
-    with pytest.raises(FileError, match=r"layers of the architecture 'cohere2' may depend on their position"):
-        extract_layers(path, tmp_path / "part.gguf", 1, 3)
-
-
-def test_layers_that_repeat_in_a_pattern_are_cut_only_where_it_begins(tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "gemma.gguf", architecture="gemma3", n_layers=7)
-    with pytest.raises(FileError, match=r"layers of gemma3 repeat every 6, so a part cannot begin at 3"):
-        extract_layers(path, tmp_path / "part.gguf", 3, 7)
-
-
-def test_a_model_of_special_depth_is_not_cut(tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "gemma.gguf", architecture="gemma2", n_layers=46, n_embd=8, n_ff=8)
-    with pytest.raises(FileError, match=r"a gemma2 model of 46 layers computes differently in part"):
-        extract_layers(path, tmp_path / "part.gguf", 2, 46)
-
-
-def test_a_value_for_each_layer_prevents_a_cut(source: Path, tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "arrays.gguf", "llama")
-    reader = gguf.GGUFReader(source)
-    for key, reader_field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "llama.attention.head_count_kv"):
-            kinds = reader_field.types
-            writer.add_key_value(key, reader_field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
-    writer.add_head_count_kv([2] * 5)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(FileError, match=r"llama.attention.head_count_kv has a value for each layer"):
-        extract_layers(tmp_path / "arrays.gguf", tmp_path / "part.gguf", 1, 5)
 
 
 def test_what_llama_cpp_refuses_is_reported_in_its_words_and_the_old_target_stays(tmp_path: Path, source: Path) -> None:
@@ -169,8 +99,6 @@ def test_a_source_that_is_no_model_never_reaches_llama_cpp(tmp_path: Path) -> No
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(FileError, match=r"bad.gguf: is GGUF version 0"):
         quantize_model(tmp_path / "bad.gguf", tmp_path / "q.gguf", "Q8_0")
-    with pytest.raises(FileError, match=r"bad.gguf: is GGUF version 0"):
-        extract_layers(tmp_path / "bad.gguf", tmp_path / "q.gguf", 0, 1)
 
 
 def test_a_model_is_not_quantised_onto_itself(source: Path) -> None:
@@ -185,9 +113,7 @@ import sys
 import llama_cpp
 from gguf_tools.errors import FileError
 from gguf_tools.quantize import quantize_model
-from gguf_tools.split import extract_layers
 quantize_model(sys.argv[1], sys.argv[2], "Q8_0", n_threads=1)
-extract_layers(sys.argv[1], sys.argv[2], 1, 3, force=True)
 """
 
 DISK_FULL = """
@@ -247,19 +173,8 @@ def test_ctrl_c_and_what_progress_raises_end_the_work_at_once_and_leave_nothing(
 
 def test_a_file_that_is_there_is_replaced_only_when_forced(source: Path, tmp_path: Path) -> None:
     (tmp_path / "q.gguf").write_bytes(b"precious")
-    for make in (lambda **more: quantize_model(source, tmp_path / "q.gguf", "Q8_0", n_threads=1, **more),
-                 lambda **more: extract_layers(source, tmp_path / "q.gguf", 1, 3, **more)):  # fmt: skip
-        with pytest.raises(FileError, match=r"q.gguf: already exists; give another name, or --force to replace it"):
-            make()
-        assert (tmp_path / "q.gguf").read_bytes() == b"precious"
-        make(force=True)
-        (tmp_path / "q.gguf").write_bytes(b"precious")
-
-
-@pytest.mark.model
-def test_the_top_of_a_real_model_is_extracted_unchanged(model_path: Path, tmp_path: Path) -> None:
-    n_layers = read_model_info(model_path).n_layers
-    info = extract_layers(model_path, tmp_path / "top.gguf", n_layers - 6, n_layers)
-    whole, part = tensor_bytes(model_path), tensor_bytes(info.path)
-    assert part["blk.0.attn_q.weight"] == whole[f"blk.{n_layers - 6}.attn_q.weight"]
-    assert part["blk.5.ffn_down.weight"] == whole[f"blk.{n_layers - 1}.ffn_down.weight"]
+    with pytest.raises(FileError, match=r"q.gguf: already exists; give another name, or --force to replace it"):
+        quantize_model(source, tmp_path / "q.gguf", "Q8_0", n_threads=1)
+    assert (tmp_path / "q.gguf").read_bytes() == b"precious"
+    quantize_model(source, tmp_path / "q.gguf", "Q8_0", n_threads=1, force=True)
+    assert read_model_info(tmp_path / "q.gguf").quantisation == "Q8_0"

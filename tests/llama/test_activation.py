@@ -109,7 +109,7 @@ def test_trunk_and_top_have_the_inputs_of_the_whole_model_to_the_bit(path: Path,
     parts = cut(path, file_sha256(path), 1, path.parent)
     assert parts is not None
     trunk = Trunk(parts, OPTIONS, ModelOptions(), 2)
-    with Model(parts.top) as top:
+    with Model(parts.top, needs_vocabulary=False) as top:
         found = module_inputs(top, OPTIONS, EXAMPLES, names(1, 2), scope, trunk)
     trunk.close()
     expected = module_inputs(model, OPTIONS, EXAMPLES, names(1, 2), scope)

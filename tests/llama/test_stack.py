@@ -101,15 +101,39 @@ def test_thetas_that_need_several_decodes_each_get_their_own_rows(model: Model) 
         assert beside(oracle, thetas, groups) == expected
 
 
-def test_where_a_graph_does_not_keep_all_rows_thetas_are_evaluated_one_after_the_other(model: Model) -> None:
-    groups = [[0], [1], [2], [3]]
-    with make(model, last=model.info.n_layers - 1) as oracle:  # its ffn sees only the tokens that logits are asked for
+@pytest.mark.parametrize("size", [1, 2])
+def test_where_the_last_layer_is_adapted_each_theta_has_as_many_tokens_with_logits(model: Model, size: int) -> None:
+    """Its feed-forward part sees only those, and answers differ in length."""
+    groups = [range(i * size, (i + 1) * size) for i in range(N_PLACES)]
+    with make(model, last=model.info.n_layers - 1) as oracle:
         thetas = drawn(oracle)
         expected = alone(oracle, thetas, groups)
+        before = oracle.context.n_decoded
+        assert beside(oracle, thetas, groups) == expected
+        assert oracle.context.n_decoded - before == N_PLACES * size * 6
         assert oracle.n_places == N_PLACES
+
+
+def test_where_so_many_logits_have_no_room_thetas_are_evaluated_one_after_the_other(model: Model) -> None:
+    groups = [[0], [1], [2], [3]]
+    with make(model, last=model.info.n_layers - 1, n_outputs=18) as oracle:  # 4, 5, 4 and 5, but four times 5 are 20
+        thetas = drawn(oracle)
+        expected = alone(oracle, thetas, groups)
+        before = oracle.context.n_decoded
         assert beside(oracle, thetas, groups) == expected
+        assert oracle.context.n_decoded - before == 5 + 6 + 5 + 6
+        assert oracle.n_places == N_PLACES
+
+
+def test_a_graph_that_is_not_what_it_must_be_ends_the_putting_together(model: Model) -> None:
+    with make(model) as oracle:
+        thetas = drawn(oracle)
+        expected = alone(oracle, thetas, [[0], [1], [2], [3]])
+        assert oracle._stack is not None
+        del oracle._stack._by_address[next(iter(oracle._stack._by_address))]  # one tensor's node is not recognised
+        assert beside(oracle, thetas, [[0], [1], [2], [3]]) == expected
         assert oracle.n_places == 1
-        assert beside(oracle, thetas, groups) == expected
+        assert beside(oracle, thetas, [[0], [1], [2], [3]]) == expected
 
 
 @pytest.mark.parametrize("changes", [{"scope": "all"}, {"writing": "memory-file"}])

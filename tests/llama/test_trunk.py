@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +18,7 @@ from fwdllama.errors import EngineError
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
+from fwdllama.llama.slice import Slice
 from fwdllama.llama.trunk import Parts, Trunk, cut
 from fwdllama.space import build_space
 from fwdllama.types import Encoded, Scope
@@ -84,7 +85,7 @@ def opened(
     trunk = Trunk(parts, options, ModelOptions(), n_seq=3) if parts else None
     try:
         with (
-            Model(parts.top if parts else path) as model,
+            Model(parts.top if parts else path, needs_vocabulary=parts is None) as model,
             LlamaOracle(model, space, scope, options, trunk=trunk) as oracle,
         ):
             yield oracle
@@ -169,14 +170,14 @@ def test_the_trunk_runs_once_an_example_and_shares_what_prompts_have_in_common(f
         oracle.load(rows)
         assert oracle.trunk is not None
         # The second needs its own 9 tokens; both have three of the invocation and one of the target behind them.
-        assert [oracle.trunk.context.n_decoded, oracle.context.n_decoded] == [46 + 4 + 9 + 4, 46 + 9]
+        assert [oracle.trunk.n_decoded, oracle.context.n_decoded] == [46 + 4 + 9 + 4, 46 + 9]
         oracle.load([*rows, Encoded("x", tokens(8, 2), INVOCATION, (5,), (), 2)])
-        assert [oracle.trunk.context.n_decoded, oracle.context.n_decoded] == [63 + 8 + 3, 55 + 8]
-        before = oracle.trunk.context.n_decoded
+        assert [oracle.trunk.n_decoded, oracle.context.n_decoded] == [63 + 8 + 3, 55 + 8]
+        before = oracle.trunk.n_decoded
         for seed in (1, 2):
             oracle.write(drawn(oracle, seed))
             oracle.losses()
-        assert oracle.trunk.context.n_decoded == before
+        assert oracle.trunk.n_decoded == before
         assert oracle.n_decoded == before + oracle.context.n_decoded
         assert oracle.decode_s > oracle.context.decode_s
 
@@ -200,20 +201,19 @@ def test_a_model_is_cut_once_for_each_content_and_layer(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "tiny.gguf")
     parts = parts_of(path, 1)
     assert parts.first == 1
-    assert [read_model_info(part).n_layers for part in (parts.trunk, parts.top)] == [2, 2]
+    assert [read_model_info(part, needs_vocabulary=False).n_layers for part in (parts.trunk, parts.top)] == [1, 2]
     written = [part.stat().st_mtime_ns for part in (parts.trunk, parts.top)]
     moved = path.rename(tmp_path / "renamed.gguf")
+    parts = replace(parts, model=moved)
     assert cut(moved, file_sha256(moved), 1, tmp_path / "cache") == parts
     assert [part.stat().st_mtime_ns for part in (parts.trunk, parts.top)] == written
     parts.trunk.unlink()
     assert parts_of(moved, 1) == parts
     assert parts.trunk.is_file()
     other = write_tiny_llama(path, seed=1)
-    of_other = {*vars(parts_of(other, 1)).values(), *vars(parts_of(moved, 2)).values()}
+    of_other = {part for found in (parts_of(other, 1), parts_of(moved, 2)) for part in (found.trunk, found.top)}
     assert len(of_other & {parts.trunk, parts.top}) == 0
-    assert sorted(p.name for p in (tmp_path / "cache" / "parts").iterdir()) == sorted(
-        p.name for p in {parts.trunk, parts.top} | {p for p in of_other if isinstance(p, Path)}
-    )
+    assert sorted((tmp_path / "cache" / "parts").iterdir()) == sorted({parts.trunk, parts.top, *of_other})
 
 
 def test_a_model_that_cannot_be_cut_is_used_whole_and_the_log_says_why(
@@ -236,9 +236,6 @@ def test_a_model_that_cannot_be_cut_is_used_whole_and_the_log_says_why(
 
 def test_a_trunk_whose_values_are_not_seen_says_what_to_do(folder: Path) -> None:
     parts = parts_of(write_tiny_llama(folder / "unseen.gguf"), 1)
-    trunk = Trunk(replace(parts, first=9), OPTIONS, ModelOptions(), 1)
-    with pytest.raises(
-        EngineError, match=r"^the values that enter layer 9 were not seen in the graph; use --no-trunk "
-    ):
-        trunk.states([np.array([5, 6], np.int32)], [np.array([7], np.int32)])
-    trunk.close()
+    sentence = r"^the values that leave layers of .*gguf were not seen in the graph; use --no-trunk "
+    with closing(Slice(parts.trunk, OPTIONS, ModelOptions(), 1, layers=9)) as part, pytest.raises(EngineError, match=sentence):
+        part.passed([np.array([5, 6], np.int32)], [np.zeros((2, 64), np.float32)])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fwdllama.cli import options as o
 from fwdllama.errors import UsageError
 from fwdllama.formats import size
 
@@ -18,22 +18,6 @@ if TYPE_CHECKING:
 
 TASKS: tuple[Task, ...] = ("eval", "train")
 PHONES = ("8GB", "6GB")
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
-
-
-def memory_size(text: str) -> int:
-    """Bytes from `8GB`, `6.5G` or `700MiB`; units are binary, as memory is sold.
-
-    >>> memory_size("8GB") == 8 * 2**30
-    True
-
-    Raises:
-        UsageError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise UsageError(f"--memory is {text!r}, but must be a size such as 8GB or 700MB.")
-    return int(float(found[1]) * (1 << _UNITS[found[2].upper()]))
 
 
 def register(group: typer.Typer) -> None:
@@ -57,6 +41,9 @@ def register(group: typer.Typer) -> None:
         kv: Annotated[str, typer.Option("--kv", "--kv-type", help="Type of the KV cache.", metavar="TYPE")] = "f16",
         mmap: Annotated[bool, typer.Option(help="Map the model's file instead of reading it.")] = False,
         repack: Annotated[bool, typer.Option(help="Rearrange the weights for this CPU.")] = True,
+        stage_layers: Annotated[
+            int | None, typer.Option(min=1, help="Training staged, so many of the lower layers in memory at a time.", metavar="N")
+        ] = None,
         memory: Annotated[
             list[str] | None,
             typer.Option(help="What must be enough; several times for several. Default: this machine's, 8GB and 6GB.", metavar="SIZE"),
@@ -69,17 +56,17 @@ def register(group: typer.Typer) -> None:
         """
         if scope not in ("answer", "all"):
             raise UsageError(f"--scope is {scope!r}, but must be answer or all.")
-        limits = {text: memory_size(text) for text in memory or ()}
+        limits = {text: o.memory_size(text, "--memory") for text in memory or ()}
         from fwdllama.models import resolve
         from fwdllama.setting import Setting
         from gguf_tools.model import read_model_info
 
         info = read_model_info(resolve(model))
-        asked = Setting(ctx, batch, held_out, "all" if scope == "all" else "answer", from_layer, kv, mmap, repack)
+        asked = Setting(ctx, batch, held_out, "all" if scope == "all" else "answer", from_layer, kv, mmap, repack, stage_layers)
         if not limits:
             from fwdllama.machine import total_bytes
 
-            limits = {"this machine": total_bytes(), **{text: memory_size(text) for text in PHONES}}
+            limits = {"this machine": total_bytes(), **{text: o.memory_size(text, "--memory") for text in PHONES}}
         found = planned(info, asked, limits)
         if as_json:
             typer.echo(json.dumps(found, indent=2))

@@ -37,9 +37,8 @@ def register(group: typer.Typer) -> None:
         found = {"trunk": made.facts(lower), "top": made.facts(upper)}
         if check:
             from fwdllama.llama.seam import compare
-            from fwdllama.llama.trunk import Parts
 
-            seam = compare(model, Parts(trunk, top, at), n_tokens=tokens, n_threads=threads)
+            seam = compare(model, trunk, top, at, n_tokens=tokens, n_threads=threads)
             if not seam.whole:
                 raise EngineError(
                     f"{trunk} and {top} are not {model}: {seam.n_different} of {seam.n_logits} logits differ, by up to "

@@ -7,6 +7,7 @@ from statistics import fmean
 
 import pytest
 from fwdllama_eval.bench import backprop_race, directions
+from fwdllama_eval.bench.curve import Curve, Point
 from fwdllama_eval.bench.measure import Bar, Bench
 
 from fwdllama.answering import answer_dataset, open_engine
@@ -17,9 +18,14 @@ from gguf_tools.adapter import read_adapter
 from .conftest import values
 
 
+def curve(*points: tuple[float, float]) -> Curve:
+    return [Point(*point) for point in points]
+
+
 def test_race_compares_with_the_best_rate_at_each_loss() -> None:
-    forward = [(0.0, 4.0), (60.0, 1.5), (90.0, 1.3), (200.0, 1.25)]
-    slow, fast, wild = [(0.0, 4.0), (100.0, 1.3)], [(0.0, 4.0), (20.0, 1.5), (60.0, 1.31)], [(0.0, 4.0), (10.0, 1.59), (20.0, 9.0)]
+    forward = curve((0.0, 4.0), (60.0, 1.5), (90.0, 1.3), (200.0, 1.25))
+    slow, fast = curve((0.0, 4.0), (100.0, 1.3)), curve((0.0, 4.0), (20.0, 1.5), (60.0, 1.31))
+    wild = curve((0.0, 4.0), (10.0, 1.59), (20.0, 9.0))
     found = backprop_race.figures_of(forward, {1e-3: slow, 3e-3: fast, 1e-2: wild}, {1e-3: slow})
     assert found["ratio"] == pytest.approx(90 / 60)
     assert found["best_rate"] == 3e-3
@@ -31,13 +37,13 @@ def test_race_compares_with_the_best_rate_at_each_loss() -> None:
 
 
 def test_race_without_a_winner_meets_no_bar() -> None:
-    found = backprop_race.figures_of([(0.0, 4.0), (9.0, 2.0)], {1e-3: [(0.0, 4.0), (5.0, 1.0)]}, {1e-3: [(0.0, 4.0)]})
+    found = backprop_race.figures_of(curve((0.0, 4.0), (9.0, 2.0)), {1e-3: curve((0.0, 4.0), (5.0, 1.0))}, {1e-3: curve((0.0, 4.0))})
     assert found["ratio"] is None
     assert not Bar("ratio", "<=", 1.5).met(found)
 
 
 @pytest.fixture
-def raced(bench: Bench) -> tuple[backprop_race.Curve, backprop_race.Job]:
+def raced(bench: Bench) -> tuple[Curve, backprop_race.Job]:
     folder = bench.fresh("run")
     directions.watched(values(2), bench.model, bench.train_data, folder)
     curve, job, train = backprop_race.replayed_run(folder / "run", bench.dev_data, 6)
@@ -46,11 +52,13 @@ def raced(bench: Bench) -> tuple[backprop_race.Curve, backprop_race.Job]:
 
 
 def test_replayed_losses_are_those_that_scoring_the_adapter_finds(
-    bench: Bench, raced: tuple[backprop_race.Curve, backprop_race.Job]
+    bench: Bench, raced: tuple[Curve, backprop_race.Job]
 ) -> None:
     curve, job = raced
     assert [len(curve), len(job.questions), job.n_threads] == [3, 6, 1]
-    assert len({loss for _, loss in curve}) == 3
+    assert len({point.loss for point in curve}) == 3
+    # Each step: the batch of 4 x 2 at theta, each of it in two rounds of probes, and no test.
+    assert [point.passes for point in curve] == [0, 24, 48]
     adapter = bench.work / "run" / "adapter.gguf"
     best = int(read_adapter(adapter).metadata["fwdllama.run.step"])
     with open_engine(job.model, adapter_path=adapter, n_threads=1) as engine:
@@ -59,7 +67,7 @@ def test_replayed_losses_are_those_that_scoring_the_adapter_finds(
 
 
 def test_both_sides_of_the_race_start_from_the_same_loss_and_backprop_lowers_it(
-    raced: tuple[backprop_race.Curve, backprop_race.Job],
+    raced: tuple[Curve, backprop_race.Job],
 ) -> None:
     pytest.importorskip("torch")
     curve, job = raced

@@ -36,7 +36,7 @@ def test_results_of_another_machine_are_not_mixed_with_those_of_this_one(tmp_pat
 def test_a_file_that_holds_something_else_is_not_overwritten(tmp_path: Path, content: str) -> None:
     path = tmp_path / "b.json"
     path.write_text(content)
-    with pytest.raises(UsageError, match="holds no results of this bench; name another --out"):
+    with pytest.raises(UsageError, match="holds no results of this bench; name another file"):
         Record(path, MACHINE)
     assert path.read_text() == content
 

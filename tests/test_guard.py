@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fwdllama.errors import UsageError
-from fwdllama.federation.guard import Guard, Reading
+from fwdllama.guard import Guard, Reading
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
