@@ -156,6 +156,11 @@ def probe_examples(bench: Bench) -> Measured:
     ran = run(bench, *train_words(bench, folder, "--steps", STEPS))
     found = in_child(states, bench.model, bench.train_data, folder / "run")
     default = read_config(folder / "run" / "config.json").estimator.examples_per_probe
+    return Measured(figures_of(found, default), ran.command)
+
+
+def figures_of(found: Sequence[State], default: int) -> dict[str, Any]:
+    """What follows from the two states."""
     figures: dict[str, Any] = {}
     errors, above = [], []
     for name, state in zip(("untrained", "trained"), found, strict=True):
@@ -170,13 +175,12 @@ def probe_examples(bench: Bench) -> Measured:
             f"{name}_variance_per_s": {str(size): products[size] / products[1] for size in SIZES},
             f"{name}_ms": {str(size): 1000 * seconds for size, seconds in state.seconds.items()},
         }
-    figures |= {
+    return figures | {
         "model_error": max(errors),
         "default": default,
         "default_above_best": max(above),
         "recommended_at_ratio": {str(ratio): recommended(ratio, found[1].seconds) for ratio in RATIOS},
     }
-    return Measured(figures, ran.command)
 
 
 ITEMS = (

@@ -6,9 +6,11 @@ What is compared alternates, because a machine that slows down must slow both.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,8 @@ EPS = 0.01  # of a probe; any that is not zero costs the same
 LARGE = 2e9  # weights from which on a model counts as one of the 7B kind
 ALLOWED = {False: 0.06, True: 0.005}  # share of a step's time outside llama_decode: small models, large ones
 STEPS = 6
-FEW = ("--steps", 2, "--units", 2, "--fresh", 1, "--held-out", 2, "--rounds", 4, "--init", "random", "--eps", EPS)  # a large model's steps
+# Steps of a large model.
+FEW = ("--steps", 2, "--units", 8, "--per-unit", 1, "--fresh", 1, "--held-out", 2, "--rounds", 4, "--init", "random", "--eps", EPS)
 
 
 def random_examples(n: int, n_vocab: int) -> list[Encoded]:
@@ -187,14 +190,18 @@ def throughput(bench: Bench) -> Measured:
 
 
 def outside_decode(bench: Bench) -> Measured:
-    """Train a few steps; of a large model small ones, in which whatever is not a decode weighs as much or more."""
+    """Train a few steps; of a large model small ones with short prompts, in which whatever is not a decode weighs more than in a usual step."""
     from fwdllama.models import resolve
     from gguf_tools.model import read_model_info
 
     n_weights = sum(_product(shape) for shape, _ in read_model_info(resolve(bench.model)).tensors.values())
     large = n_weights >= LARGE
     folder = bench.fresh("outside-decode")
-    ran = run(bench, *train_words(bench, folder, *(FEW if large else ("--steps", STEPS))))
+    if large:
+        words = train_words(bench, folder, *FEW, data=short_pairs(folder / "pairs.jsonl"))
+    else:
+        words = train_words(bench, folder, "--steps", STEPS)
+    ran = run(bench, *words)
     shares = decode_shares(folder / "run")
     outside = 1 - shares["decode_share_of_steps"]
     figures: dict[str, Any] = {
@@ -205,6 +212,13 @@ def outside_decode(bench: Bench) -> Measured:
         "probes": ran.json["probes"],
     }
     return Measured(figures, ran.command)
+
+
+def short_pairs(path: Path) -> Path:
+    """Questions that are a few tokens long in any vocabulary, written to `path`."""
+    lines = (json.dumps({"prompt": f"Which number comes after {number}?", "answer": f"It is {number + 1}"}) for number in range(100, 160))
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def _product(shape: Sequence[int]) -> int:
