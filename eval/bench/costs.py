@@ -211,7 +211,7 @@ ITEMS = (
     Item(
         "memory",
         "peak memory of training against evaluating the same model and batch",
-        (Bar("ratio", "<=", 1.05),),
+        (Bar("ratio", "<=", 1.02),),
         ("ratio", "train_peak_bytes", "eval_peak_bytes", "sequences", "tokens_of_each"),
         ("data",),
         4,
