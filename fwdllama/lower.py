@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from fwdllama.config import TrainConfig
 from fwdllama.errors import EngineError, UsageError
 from fwdllama.formats import size
 from fwdllama.hooks import Hooks
-from fwdllama.llama.binding import llama
+from fwdllama.llama.binding import build
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
 from fwdllama.llama.staging import Stage
@@ -73,11 +73,8 @@ class Lower:
             Stopped: on request, while lower layers were computed.
         """
         if self.config.engine.stage_layers is None:
-            trunk = Trunk(self.parts, self.options, self.weights, self.shape.unit_size, half=self.config.half)
-            try:
+            with closing(Trunk(self.parts, self.options, self.weights, self.shape.unit_size, half=self.config.half)) as trunk:
                 yield trunk
-            finally:
-                trunk.close()
             return
         info = read_model_info(self.parts.model)
         stage = Stage(
@@ -111,7 +108,6 @@ class Lower:
     def _folder(self) -> Path:
         """Where values are kept that are the same to the bit: by model, data, layer, and all that kernels depend on."""
         options, weights = self.options, self.weights
-        engine = llama().__version__, llama().llama_print_system_info()
         sizes = options.n_ctx_seq, options.n_batch, options.kv_type, options.flash
-        of = (self.origin, self.parts.first, self.config.half, sizes, weights, engine)
+        of = (self.origin, self.parts.first, self.config.half, sizes, weights, build())
         return default_cache_dir() / "states" / hashlib.blake2b(repr(of).encode(), digest_size=16).hexdigest()

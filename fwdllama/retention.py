@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from fwdllama.batches import RollingBatches
 from fwdllama.config import TrainConfig
-from fwdllama.llama.binding import llama
+from fwdllama.llama.binding import build
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
 from fwdllama.llama.pool import PromptPool, Return
@@ -40,7 +40,6 @@ def retained(
         "context": asdict(options),
         "weights": asdict(weights),
         "data": data_sha256,
-        # Kernels differ between releases and between machines, and a cache folder may be carried from one to another.
-        "engine": [llama().__version__, llama().llama_print_system_info().decode()],
+        "engine": build(),  # a cache folder may be carried from one machine to another
     }
     return PromptPool(default_cache_dir() / "prompts", identity, limit, Return(n_units, config.budget.seconds))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fwdllama.cli import budget
 from fwdllama.cli import device as d
 from fwdllama.cli import options as o
 from fwdllama.errors import UsageError
@@ -92,8 +93,8 @@ def register(app: typer.Typer) -> None:
         fields = [o.SETTINGS[key].removeprefix("engine.") for key in settings]
         engine = {field: getattr(chosen, field) for field in fields}
         source = Source(data, None if kind == "auto" else kind, o.label_words(labels), limit)
-        memory = None if given["memory_budget"] is None else o.memory_size(given["memory_budget"])
-        place = Workplace(resolve(model), source, engine, memory, o.kept(context.params))
+        memory = None if given["memory_budget"] is None else budget.memory_size(given["memory_budget"])
+        place = Workplace(resolve(model), source, engine, memory, budget.kept(context.params))
         with d.considerate(given, lambda text: typer.echo(text, err=True)):
             ended = take_part(wanted, place, guard, as_json=as_json)
         if ended == "stopped":

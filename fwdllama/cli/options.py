@@ -6,7 +6,6 @@ when that is shown. Importing this module imports nothing heavy.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +17,6 @@ from fwdllama.errors import UsageError
 
 if TYPE_CHECKING:
     from fwdllama.config import TrainConfig
-    from fwdllama.setting import Change
 
 DEFAULT_SECONDS = 300.0  # of training, where no budget is given
 
@@ -225,38 +223,6 @@ SETTINGS: Mapping[str, str] = {
     **{name: f"engine.{name}" for name in ("kv_type", "mmap", "repack", "n_batch", "together", "trunk", "stage_layers", "states")},
     "keep_prompts": "engine.keep_prompts_bytes",
 }
-# What `--memory-budget` may change, by the option that keeps it as it is.
-CHANGES: Mapping[str, Change] = {
-    "mmap": "mmap",
-    "repack": "repack",
-    "kv_type": "kv_type",
-    "units": "batch",
-    "held_out": "held_out",
-    "layers": "from_layer",
-    "from_layer": "from_layer",
-    "stage_layers": "stage_layers",
-}
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
-
-
-def memory_size(text: str, name: str = "--memory-budget", also: str = "") -> int:
-    """Bytes from `8GB`, `6.5G` or `700MiB`, given as the option `name`; units are binary, as memory is sold. `also` says what else it may be.
-
-    >>> memory_size("8GB") == 8 * 2**30
-    True
-
-    Raises:
-        UsageError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise UsageError(f"{name} is {text!r}, but must be {also}a size such as 8GB or 700MB.")
-    return int(float(found[1]) * (1 << _UNITS[found[2].upper()]))
-
-
-def kept(given: Mapping[str, Any]) -> frozenset[Change]:
-    """What the options that were given leave no choice about."""
-    return frozenset(change for name, change in CHANGES.items() if given.get(name) is not None)
 
 
 def configuration(given: Mapping[str, Any]) -> TrainConfig:
@@ -306,6 +272,8 @@ def _layers(text: str) -> tuple[int, int]:
 
 
 def _keep_prompts(text: str) -> int | None:
+    from fwdllama.cli.budget import memory_size
+
     return None if text.strip().lower() == "no" else memory_size(text, "--keep-prompts", "no, or ")
 
 

@@ -11,6 +11,8 @@ import typer
 
 from fwdllama.cli import device as d
 from fwdllama.cli import options as o
+from fwdllama.cli.budget import kept as kept_of
+from fwdllama.cli.budget import memory_size
 from fwdllama.cli.summary import Wanted, check_output, conclude
 from fwdllama.errors import ResourceError, UsageError
 from fwdllama.types import Dataset
@@ -112,7 +114,7 @@ def register(app: typer.Typer) -> None:
         """
         words = o.label_words(labels)
         wanted = Wanted(_questions(eval_data, eval_limit, kind, words), report, as_json)
-        start(d.completed(context.params), model, data, out, run, words, wanted, kept=o.kept(context.params))
+        start(d.completed(context.params), model, data, out, run, words, wanted, kept=kept_of(context.params))
 
     @app.command("resume")
     def resume_command(
@@ -190,7 +192,7 @@ def start(
         if given.get("memory_budget") is not None:
             from fwdllama.fitting import fitted
 
-            limit = o.memory_size(given["memory_budget"])
+            limit = memory_size(given["memory_budget"])
             config = fitted(config, path, source, limit, kept=kept, on_event=hooks.on_event)
         outcome = training.train(config, path, source, run_path, out, hooks)
     end(run_path, outcome, wanted, rest.ended)

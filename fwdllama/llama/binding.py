@@ -135,6 +135,11 @@ def ggml() -> Any | None:
     return library
 
 
+def build() -> list[str]:
+    """The release of llama.cpp and what it was compiled for. Kernels differ between both, so what was computed is kept for one of each."""
+    return [llama().__version__, llama().llama_print_system_info().decode()]
+
+
 def layout_is_known() -> bool:
     """Whether `TensorHead` has the size of this build's `struct ggml_tensor`."""
     library = ggml()

@@ -21,6 +21,7 @@ from fwdllama.llama.model import Model
 
 KV_TYPES = ("f16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # bf16 has no name in llama_cpp
 Tokens = NDArray[np.int32]
+States = NDArray[np.float32]  # (n_tokens, n_embd), the values that enter or leave a layer
 
 
 @dataclass(frozen=True)

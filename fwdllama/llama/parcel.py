@@ -19,17 +19,14 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fwdllama.llama.cells import Bytes, Layout, layout_of
-from fwdllama.llama.context import Context, Tokens
+from fwdllama.llama.context import Context, States, Tokens
 from fwdllama.llama.prompts import plan
 
 MAGIC = b"fwdkv\0\0\1"
 DIGEST_BYTES = 16
 _HEAD_BYTES = len(MAGIC) + DIGEST_BYTES + 4
-
-States = NDArray[np.float32]  # (n_tokens, n_embd)
 
 
 class DamageError(Exception):

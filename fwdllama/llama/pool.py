@@ -23,22 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fwdllama.errors import EngineError
 from fwdllama.formats import size
-from fwdllama.llama.context import Context, Tokens
+from fwdllama.llama.context import Context, States, Tokens
 from fwdllama.llama.parcel import DamageError, Parcel, pack
+from fwdllama.llama.prompts import key_of
 
 log = logging.getLogger("fwdllama.llama")
 
 FORMAT = 1
 UNFINISHED, ABANDONED_S = ".part", 3600  # of a process that was killed, once nobody has written it for so long
 RESERVE_BYTES = 1 << 30  # of the disk that stay free
-
-States = NDArray[np.float32]  # (n_tokens, n_embd)
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -50,11 +45,7 @@ class Unit:
 
     def key(self) -> str:
         """The same for the same tokens in the same order, wherever they are."""
-        digest = hashlib.blake2b(digest_size=16)
-        for tokens in (*self.prompts, *self.behind):
-            digest.update(len(tokens).to_bytes(8, "little"))
-            digest.update(np.asarray(tokens, np.int32).tobytes())
-        return digest.hexdigest()
+        return key_of((*self.prompts, *self.behind)).hex()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ the last bit whatever else a batch holds, or a resumed run would differ from an 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,15 @@ from numpy.typing import NDArray
 from fwdllama.llama.context import Context, Tokens
 
 MIN_SHARED = 16  # shorter common beginnings are not worth a copy of the whole sequence's cells
+
+
+def key_of(sequences: Iterable[Sequence[int] | Tokens]) -> bytes:
+    """16 bytes that tell these token sequences, in this order, from all others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tokens in sequences:
+        digest.update(len(tokens).to_bytes(8, "little"))
+        digest.update(np.asarray(tokens, "<i4").tobytes())
+    return digest.digest()
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:

@@ -12,15 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fwdllama.errors import EngineError
 from fwdllama.llama.binding import TensorHead, ggml
-from fwdllama.llama.context import Context, ContextOptions, Tokens
+from fwdllama.llama.context import Context, ContextOptions, States, Tokens
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.prompts import plan
-
-States = NDArray[np.float32]  # (n_tokens, n_embd), the values that enter or leave a layer
 
 
 class Slice:

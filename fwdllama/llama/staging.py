@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +20,10 @@ import numpy as np
 
 from fwdllama.errors import ResourceError, Stopped
 from fwdllama.formats import size
-from fwdllama.llama.context import ContextOptions
+from fwdllama.llama.context import ContextOptions, States
 from fwdllama.llama.embedding import Embeddings
 from fwdllama.llama.model import ModelOptions
-from fwdllama.llama.slice import Slice, States
+from fwdllama.llama.slice import Slice
 from fwdllama.llama.states import Passage, StateStore, Unit, stored_bytes
 from fwdllama.types import Staged
 from gguf_tools.model import ModelInfo, read_model_info
@@ -128,11 +128,8 @@ class Stage:
         path = folder / "slice.gguf"
         extract_layers(self.model, path, first, last, vocabulary="none", force=True)
         try:
-            part = Slice(path, self.options, self.weights, self.n_seq)
-            try:
+            with closing(Slice(path, self.options, self.weights, self.n_seq)) as part:
                 yield part
-            finally:
-                part.close()
         finally:
             path.unlink(missing_ok=True)
 

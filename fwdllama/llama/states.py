@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 
@@ -20,10 +19,9 @@ import filelock
 import numpy as np
 
 from fwdllama.errors import EngineError, ResourceError
-from fwdllama.llama.context import Tokens
+from fwdllama.llama.context import States, Tokens
 from fwdllama.llama.half import halved, restored
-from fwdllama.llama.prompts import plan
-from fwdllama.llama.slice import States
+from fwdllama.llama.prompts import key_of, plan
 from fwdllama.types import Encoded
 
 _CRC = struct.Struct("<I")
@@ -45,10 +43,7 @@ class Unit:
     @cached_property
     def key(self) -> bytes:
         """16 bytes that tell it from every other."""
-        found = blake2b(digest_size=16)
-        for tokens in (*self.prompts, *self.behind):
-            found.update(struct.pack("<q", len(tokens)) + np.array(tokens, "<i4").tobytes())
-        return found.digest()
+        return key_of((*self.prompts, *self.behind))
 
     @cached_property
     def arrays(self) -> tuple[list[Tokens], list[Tokens]]:

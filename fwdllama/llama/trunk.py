@@ -16,11 +16,11 @@ from typing import Protocol
 import numpy as np
 
 from fwdllama.llama.binding import ggml, layout_is_known
-from fwdllama.llama.context import ContextOptions, Tokens
+from fwdllama.llama.context import ContextOptions, States, Tokens
 from fwdllama.llama.embedding import Embeddings
 from fwdllama.llama.half import rounded
 from fwdllama.llama.model import ModelOptions
-from fwdllama.llama.slice import Slice, States
+from fwdllama.llama.slice import Slice
 from gguf_tools.errors import FileError
 from gguf_tools.model import read_model_info
 from gguf_tools.split import extract_layers

@@ -10,7 +10,8 @@ import typer
 from pydantic import BaseModel
 
 from fwdllama.cli import main
-from fwdllama.cli.options import DEFAULT_SECONDS, SETTINGS, configuration, label_words, memory_size, say_defaults
+from fwdllama.cli.budget import memory_size
+from fwdllama.cli.options import DEFAULT_SECONDS, SETTINGS, configuration, label_words, say_defaults
 from fwdllama.config import TrainConfig, make_config
 from fwdllama.errors import UsageError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwdllama.cli import options as o
+from fwdllama.cli import budget
 from fwdllama.errors import UsageError
 from fwdllama.formats import size
 
@@ -56,7 +56,7 @@ def register(group: typer.Typer) -> None:
         """
         if scope not in ("answer", "all"):
             raise UsageError(f"--scope is {scope!r}, but must be answer or all.")
-        limits = {text: o.memory_size(text, "--memory") for text in memory or ()}
+        limits = {text: budget.memory_size(text, "--memory") for text in memory or ()}
         from fwdllama.models import resolve
         from fwdllama.setting import Setting
         from gguf_tools.model import read_model_info
@@ -66,7 +66,7 @@ def register(group: typer.Typer) -> None:
         if not limits:
             from fwdllama.machine import total_bytes
 
-            limits = {"this machine": total_bytes(), **{text: o.memory_size(text, "--memory") for text in PHONES}}
+            limits = {"this machine": total_bytes(), **{text: budget.memory_size(text, "--memory") for text in PHONES}}
         found = planned(info, asked, limits)
         if as_json:
             typer.echo(json.dumps(found, indent=2))
