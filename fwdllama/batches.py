@@ -124,7 +124,7 @@ class RollingBatches:
         return bool(unit)
 
     def _ordered(self, unit: tuple[Encoded, ...]) -> list[Encoded]:
-        """As many as a slot holds, so sorted that neighbouring rows, which are of different units, have targets of similar length."""
+        """As many as a slot holds, in the order of their rows."""
         return sorted(unit[: self.unit_size], key=lambda example: len(example.target))
 
     def through(self, n_steps: int | None) -> list[tuple[Encoded, ...]]:
@@ -137,24 +137,18 @@ class RollingBatches:
         return self._drawn[:n_drawn]
 
     def batch(self, step: int) -> tuple[Rows, list[int]]:
-        """The rows of `step`, n_slots x unit_size of them, None where a unit is short, and which rows are new in this step.
+        """The rows of `step`, n_slots x unit_size of them, None at the end where units are short, and which rows are new in this step.
 
-        The examples of one unit stand n_slots rows apart: a probe takes neighbouring rows, and examples of different units
-        carry more than two questions about one paragraph.
+        Rows with equally long answers are neighbours, because the engine decodes neighbours at once and pads them to one length.
         """
         n_drawn = self.n_slots + step * self.fresh
         while len(self._drawn) < n_drawn:
             self._draw()
-        rows: Rows = [None] * (self.n_slots * self.unit_size)
-        new: list[int] = []
-        for drawn in range(n_drawn - self.n_slots, n_drawn):
-            unit = self._drawn[drawn]
-            places = range(drawn % self.n_slots, len(rows), self.n_slots)
-            for place, example in zip(places, unit, strict=False):
-                rows[place] = example
-                if step == 0 or drawn >= n_drawn - self.fresh:
-                    new.append(place)
-        return rows, sorted(new)
+        held = [example for unit in self._drawn[n_drawn - self.n_slots : n_drawn] for example in unit]
+        held.sort(key=lambda example: len(example.target))
+        oldest_new = 0 if step == 0 else n_drawn - self.fresh
+        new = [row for row, example in enumerate(held) if example.unit is not None and example.unit >= oldest_new]
+        return [*held, *[None] * (self.n_slots * self.unit_size - len(held))], new
 
 
 def shuffled(seed: int, epoch: int, n: int) -> NDArray[np.intp]:

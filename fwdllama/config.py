@@ -49,11 +49,12 @@ class SpaceConfig(Section):
 class EstimatorConfig(Section):
     """How slopes are measured."""
 
-    examples_per_probe: Positive = 4  # costs 1.4 times as much as two, and halves the noise of single examples once most answers are right
+    examples_per_probe: Positive = 1  # probes share decodes, so that one example costs a fourth of four; and only alone can it be clipped
     sided: Literal["one", "two"] = "one"
     rounds: Positive = 8  # directions for each group of examples and step
     eps: PositiveFloat | None = None  # None: calibrated
     outlier: PositiveFloat = 1.5  # times the batch's mean loss, from where on an example counts ever less
+    example_clip: PositiveFloat = 1.0  # times the median example's root mean square slope, from where on an example's slopes are scaled down
     objective: Literal["nll", "f1"] = "nll"
 
 
@@ -68,10 +69,10 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.05  # of the step that would be best for one probe alone; the others of the step add to it
-    half_life: Positive = 800  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
+    lr: PositiveFloat = 0.006  # of the step that would be best for one probe alone; the others of the step add to it, and most noise stays
+    half_life: Positive = 4000  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
-    accept: bool = True  # test each step on fresh examples; halve or reject it where it is clearly worse
+    accept: bool = False  # test each step on fresh examples, as the first always is; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
 
 
@@ -116,7 +117,7 @@ class EngineConfig(Section):
     flash: bool = False  # flash attention makes a loss depend on what else is decoded with it, by up to 0.07 nats
     n_gpu_layers: Annotated[int, Field(ge=0)] = 0
     n_batch: Positive = 512
-    together: Positive = 16  # examples of one decode of probes, each probe with a theta of its own; 1: one probe after the other
+    together: Positive = 32  # examples of one decode of probes, each probe with a theta of its own; 1: one probe after the other
     trunk: bool = True  # compute the layers below the first trained one once an example
     stage_layers: Positive | None = None  # so many of those layers are in memory at a time, before training; None: all, beside the trained ones
     states: Literal["f32", "f16"] | None = None  # what enters the first trained layer; None: f16 where it is kept on disk

@@ -90,7 +90,7 @@ class Session:
 
     def _first_rows(self) -> list[Encoded | None]:
         rows, _ = self.batches.batch(0)
-        first = [row if i % self.batches.n_slots < CALIBRATION_UNITS else None for i, row in enumerate(rows)]
+        first = [row if row is not None and row.unit is not None and row.unit < CALIBRATION_UNITS else None for row in rows]
         return [*[None] * len(self.held_out), *first]
 
     def calibrated(self, theta: np.ndarray[Any, np.dtype[np.float32]]) -> Calibration:

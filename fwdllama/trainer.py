@@ -1,8 +1,9 @@
 """The training loop: batch, probes, step, test, record. It knows the oracle only through its protocol.
 
 One step in eight sentences: the batch's rolling part is replaced; the unperturbed losses are taken once; groups of examples are drawn;
-every probe writes theta + eps z and asks one group's loss; slopes are centred and clipped; coefficients follow from their size
-alone; the next batch is loaded and the step tested on the examples in it that are new; what is kept goes into the ledger.
+every probe writes theta + eps z and asks one group's loss; slopes are centred and clipped, those of each group and all; coefficients
+follow from their size alone; the next batch is loaded, and the first step, others on request, tested on what is new in it; what is
+kept goes into the ledger.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fwdllama.ledger import Entry
 from fwdllama.oracle import LossOracle
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
 from fwdllama.sampler import Sampler
-from fwdllama.step import StepState, clipped, coefficients, combined, learning_rate
+from fwdllama.step import StepState, clipped, coefficients, combined, evened, learning_rate
 from fwdllama.types import Encoded
 
 FIRST_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)  # powers of two, so that scaled coefficients stay exact
@@ -158,7 +159,7 @@ class Trainer:
         probes, slopes, wanted = self._probe(groups, losses, fraction)
         if not probes:
             return False
-        limited = clipped(slopes)
+        limited = clipped(evened(slopes, np.array([probe.group for probe in probes]), config.estimator.example_clip))
         usable = limited[np.isfinite(slopes)]
         running = StepState(state.mean_square).updated(usable)
         lr = learning_rate(
@@ -244,7 +245,7 @@ class Trainer:
         that is better than nothing, else rejected. The first step, whose curvature is that of an untrained model, takes the best of several.
         """
         new = self._load(self.state.step + 1)
-        if not self.config.step.accept or not new:
+        if not new or not (self.config.step.accept or self.state.step == 0):
             return 1.0
         self.oracle.write(self.theta)
         before = self.oracle.losses(new)
@@ -254,7 +255,7 @@ class Trainer:
             return self.oracle.losses(new) - before
 
         if self.state.step == 0:
-            means = {factor: float(change(factor).mean()) for factor in FIRST_STEP_FACTORS}
+            means = {factor: float(np.nan_to_num(change(factor), nan=np.inf).mean()) for factor in FIRST_STEP_FACTORS}
             best = min(means, key=lambda factor: means[factor])
             return best if means[best] < 0 else 0.0
         worse = change(1.0)

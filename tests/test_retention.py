@@ -55,7 +55,7 @@ LIMIT = 1 << 30
 def config(limit: int | None = LIMIT, budget: dict[str, Any] | None = None, **engine: Any) -> TrainConfig:
     return make_config(
         {
-            "estimator": {"rounds": 1},
+            "estimator": {"rounds": 1, "examples_per_probe": 4},
             "space": {"layers": (1, 2)},
             "batch": {"units": 3, "per_unit": 2, "fresh": 2, "held_out": 2, "evaluate_every": 2},
             "engine": {"n_threads": 1, "keep_prompts_bytes": limit, **engine},
@@ -119,7 +119,7 @@ def test_each_prompt_is_decoded_once_in_all_passes_of_all_runs(folder: Path) -> 
     without, first, second = (decoded_by_a_run(folder, config(limit)) for limit in (None, LIMIT, LIMIT))
     n_drawn = 1 + 3 + 6 * 2  # held out, first batch, fresh
     assert first == pytest.approx(without * 7 / n_drawn, rel=0.1)
-    assert second == 0
+    assert second == 6  # a token a batch, with which llama.cpp moves the rows that stay
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fwdllama import step as module
 from fwdllama.direction import packed_bits
-from fwdllama.step import StepState, clipped, coefficients, combined, replayed
+from fwdllama.step import StepState, clipped, coefficients, combined, evened, replayed
 from tests.reference import limited, stepped
 
 SLOPES = st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=30)
@@ -30,6 +30,30 @@ def test_an_outlier_is_pulled_in_and_the_others_stay_as_they_are() -> None:
     result = clipped(slopes)
     assert result[:6].tolist() == slopes[:6].tolist()
     assert result[6] == pytest.approx(2.0 - 3 * 1.4826 * 2.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-999, 999) | st.just(math.nan)), max_size=40), st.sampled_from([0.5, 1.0, 3.0]))
+def test_no_examples_slopes_are_larger_than_the_median_examples_and_smaller_ones_stay(pairs: list[tuple[int, float]], width: float) -> None:
+    group, slopes = np.array([g for g, _ in pairs], np.int64), np.array([s for _, s in pairs], np.float64)
+    result = evened(slopes, group, width)
+
+    def sizes(values: np.ndarray) -> dict[int, float]:
+        usable = {int(g): [v for h, v in zip(group, values, strict=True) if h == g and math.isfinite(v)] for g in set(group.tolist())}
+        return {g: math.sqrt(sum(v * v for v in found) / len(found)) for g, found in usable.items() if found and any(found)}
+
+    before, after = sizes(slopes), sizes(result)
+    assert np.array_equal(np.isnan(result), np.isnan(slopes))
+    if before:
+        limit = width * float(np.median(list(before.values())))
+        for g, size in before.items():
+            assert after.get(g, 0.0) == pytest.approx(min(size, limit), rel=1e-9, abs=1e-300)
+            mine = (group == g) & np.isfinite(slopes)
+            assert np.allclose(result[mine] * size, slopes[mine] * min(size, limit), rtol=1e-9)
+
+
+def test_an_example_with_large_slopes_counts_no_more_than_the_others() -> None:
+    slopes, group = np.array([1.0, -1.0, 100.0, -100.0, 0.5, 0.5]), np.array([0, 0, 1, 1, 2, 2])
+    assert evened(slopes, group).tolist() == [1.0, -1.0, 1.0, -1.0, 0.5, 0.5]
 
 
 def test_a_slope_that_is_nan_drops_out_of_the_step() -> None:

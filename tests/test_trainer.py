@@ -57,8 +57,8 @@ class Oracle(QuadraticOracle):
 
 def config(**sections: Any) -> TrainConfig:
     usual: dict[str, Any] = {
-        "estimator": {"rounds": 4, "examples_per_probe": 2, "outlier": 100.0},
-        "step": {"lr": 1.0, "half_life": 10**9},
+        "estimator": {"rounds": 4, "examples_per_probe": 2, "outlier": 100.0, "example_clip": 100.0},
+        "step": {"lr": 1.0, "half_life": 10**9, "accept": True},
         "pacing": {"tau": 0.8, "max_rounds": 8},
         "batch": {"units": 3, "per_unit": 2, "fresh": 1, "evaluate_every": 2},
         "budget": {"steps": 4},
@@ -240,6 +240,17 @@ def test_probes_without_a_loss_are_dropped_from_their_step(tmp_path: Path) -> No
     assert np.isfinite(entry.coefficients).all()
     with RunDirectory.open(tmp_path / "run") as run:
         assert excess(run.theta(INITIAL)) < excess(INITIAL)
+
+
+@pytest.mark.parametrize("example_clip", [0.5, 1.0, 1000.0])
+def test_an_example_far_off_counts_no_more_than_others(tmp_path: Path, example_clip: float) -> None:
+    oracle = Oracle()
+    oracle.centres = oracle.centres * np.where(np.arange(28) % 6 == 1, 50.0, 1.0)[:, None]
+    settings = config(estimator={"examples_per_probe": 1, "rounds": 8, "example_clip": example_clip}, step={"accept": False}, budget={"steps": 1})
+    trained(tmp_path / "run", settings, oracle)
+    entry = read_ledger(tmp_path / "run" / "ledger.bin")[0]
+    sizes = np.sqrt(np.square(entry.coefficients.reshape(8, 6)).mean(axis=0))  # of each of the batch's six examples
+    assert (sizes.max() > 1.05 * np.median(sizes)) == (example_clip > 1.0)
 
 
 def test_a_step_of_probes_without_any_loss_leaves_theta(tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ Eps = Annotated[float | None, option(SLOPES, "Distance of a probe.", "calibrated
 Outlier = Annotated[
     float | None, option(SLOPES, "Examples count less from so many times the mean loss on.", SET, metavar="X")
 ]
+ExampleClip = Annotated[
+    float | None, option(SLOPES, "Slopes of one example are at most so many times the median example's.", SET, metavar="X")
+]
 Objective = Annotated[
     Literal["nll", "f1"] | None, option(SLOPES, "What is improved: the answers' likelihood, or their F1.", SET)
 ]
@@ -122,12 +125,11 @@ Pacing = Annotated[
 Tau = Annotated[float | None, option(SLOPES, "How well, for --pacing variance.", SET, metavar="X")]
 
 Lr = Annotated[float | None, option(STEPS, "Length of a step.", SET, metavar="X")]
-Candidates = Annotated[
-    int | None, option(STEPS, "Draw so many directions and keep the one most like the last step.", SET, metavar="N")
-]
+HalfLife = Annotated[int | None, option(STEPS, "Probes after which steps are half as long, and after twice as many a third.", SET, metavar="N")]
+Candidates = Annotated[int | None, option(STEPS, "Draw so many directions and keep the one most like the last step.", SET, metavar="N")]
 Accept = Annotated[
     bool | None,
-    switch("accept", STEPS, "Try each step on fresh examples, and take it back where they get worse."),
+    switch("accept", STEPS, "Try each step on fresh examples, not only the first, and take it back where they get worse."),
 ]
 
 Units = Annotated[int | None, option(BATCH, "Paragraphs (or single examples) held at once.", SET, metavar="N")]
@@ -211,10 +213,10 @@ SETTINGS: Mapping[str, str] = {
     "seed": "seed",
     "template": "template",
     **{name: f"space.{name}" for name in ("modules", "layers", "rank", "alpha", "train", "init", "scope")},
-    **{name: f"estimator.{name}" for name in ("examples_per_probe", "sided", "rounds", "eps", "outlier", "objective")},
+    **{name: f"estimator.{name}" for name in ("examples_per_probe", "sided", "rounds", "eps", "outlier", "example_clip", "objective")},
     "pacing": "pacing.kind",
     "tau": "pacing.tau",
-    **{name: f"step.{name}" for name in ("lr", "candidates", "accept")},
+    **{name: f"step.{name}" for name in ("lr", "half_life", "candidates", "accept")},
     **{name: f"batch.{name}" for name in ("units", "per_unit", "fresh", "held_out")},
     "ctx": "batch.n_ctx",
     **{name: f"budget.{name}" for name in ("seconds", "steps", "probes", "patience")},

@@ -73,6 +73,7 @@ class Context:
             )
         self.memory = lib.llama_get_memory(self.handle)
         self.decode_s, self.n_decoded = 0.0, 0
+        self._is_copying = False
         n = self.n_batch = lib.llama_n_batch(self.handle)  # at most n_ctx, whatever was asked for
         self._token, self._pos = np.zeros(n, np.int32), np.zeros(n, np.int32)
         self._seq, self._n_seq_id = np.zeros(n, np.int32), np.ones(n, np.int32)
@@ -129,6 +130,7 @@ class Context:
         logits = llama().llama_get_logits(self.handle) if status == 0 and n_wanted else None
         self.decode_s += time.perf_counter() - begun
         self.n_decoded += n
+        self._is_copying = False
         if status != 0:
             reason = {1: "no room in the KV cache", 2: "aborted", -1: "invalid batch"}.get(status, "internal error")
             raise EngineError(f"llama_decode failed with {status} ({reason}) on {n} tokens.")
@@ -149,8 +151,12 @@ class Context:
             raise EngineError(f"{self.model.info.path}: this architecture's KV cache cannot drop an answer and keep its prompt.")
 
     def copy(self, source: int, target: int) -> None:
-        """Make `target` hold what `source` holds."""
+        """Make `target` hold what `source` holds.
+
+        llama.cpp moves the numbers before its next decode only; `restore` waits for that, `saved` must not come before it.
+        """
         llama().llama_memory_seq_cp(self.memory, source, target, -1, -1)
+        self._is_copying = True
 
     def saved(self, sequence: int) -> NDArray[np.uint8]:
         """What `sequence` holds, as bytes that `restore` takes.
@@ -171,6 +177,10 @@ class Context:
             EngineError: llama.cpp does not take it; the sequence may then hold anything.
         """
         self.forget(sequence, 0)
+        if self._is_copying:  # of what may be in this sequence's cells still
+            nowhere, one = np.full(1, sequence, np.int32), np.zeros(1, np.int8)
+            self.decode(np.zeros((1, self.model.n_embd), np.float32), np.zeros(1, np.int32), nowhere, one)
+            self.forget(sequence, 0)
         if len(state) and llama().llama_state_seq_set_data(self.handle, _bytes(state), len(state), sequence) != len(state):
             raise EngineError(f"{self.model.info.path}: llama.cpp does not take back what was saved of a sequence.")
 

@@ -7,7 +7,7 @@ prompts and decodes only invocation and target with the adapter on, about a tent
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -20,7 +20,7 @@ from fwdllama.llama.model import Model
 from fwdllama.llama.packing import Need, packed
 from fwdllama.llama.pool import PromptPool, Unit
 from fwdllama.llama.prompts import fill
-from fwdllama.llama.row import Members, Row, n_behind, row_of, units_of
+from fwdllama.llama.row import Members, Moves, Row, kept_units, n_behind, rearranged, row_of, units_of
 from fwdllama.llama.stack import Stack
 from fwdllama.llama.trunk import Below
 from fwdllama.loss import choice_nll, token_nll
@@ -124,8 +124,8 @@ class LlamaOracle:
         after = units_of(examples, trunk=self.trunk is not None)
         if self.scope == "answer":
             self.adapter.attach(self.context, False)
-        kept = {key for key, members in after.items() if before.get(key) == members}
-        states = {row: self._states[row] for key in kept for row, *_ in after[key] if row in self._states}
+        kept = self._moved(before, after)
+        states = {row: self._states[was] for moves in kept.values() for was, row in moves if was in self._states}
         for key, members in after.items():
             rows = [row for row, *_ in members]
             if key not in kept:
@@ -135,6 +135,18 @@ class LlamaOracle:
         self._states = states
         self._units = after
         self.adapter.attach(self.context, True)
+
+    def _moved(self, before: Mapping[int, Members], after: Mapping[int, Members]) -> dict[int, Moves]:
+        """Units of which everything is here already, each with its (old, new) rows; in the context, those whose rows have changed are moved."""
+        kept = kept_units(before, after)
+        if self.scope == "all":  # the context holds no prompts between losses
+            return kept
+        order = rearranged(dict(move for moves in kept.values() for move in moves), self.capacity)
+        if order is None:
+            return {key: moves for key, moves in kept.items() if all(was == row for was, row in moves)}
+        for was, row in order:
+            self.context.copy(was, row)
+        return kept
 
     def _prompted(self, rows: list[int]) -> dict[int, NDArray[np.float32]]:
         """Have a unit's prompts in the context; with a trunk, what enters the top behind each of them."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from fwdllama.llama.context import ContextOptions
 
-# What a decode costs beside its tokens, in tokens: 6 ms of 0.9 ms each, SmolLM2 INT8 (LOG.md).
-DECODE_TOKENS = 7
+# What a decode costs beside its tokens, in tokens: 11 ms of 1.0 ms each, SmolLM2 INT8 (LOG.md).
+DECODE_TOKENS = 11
 
 
 @dataclass(frozen=True)

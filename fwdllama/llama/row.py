@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ def n_behind(example: Encoded) -> int:
     return len(example.invocation) + len(example.target) - 1
 
 
+Moves = list[tuple[int, int]]  # (old row, new row)
 Members = list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # rows, their prompts, and what else was computed in advance
 
 
@@ -50,3 +51,43 @@ def units_of(examples: Sequence[Encoded | None], *, trunk: bool) -> dict[int, Me
             behind = example.invocation + example.target[:-1] if trunk else ()
             units.setdefault(key, []).append((row, example.prompt, behind))
     return units
+
+
+def kept_units(before: Mapping[int, Members], after: Mapping[int, Members]) -> dict[int, Moves]:
+    """Units of a batch that were in the one before as they are now, wherever their rows were."""
+    return {
+        key: [(was, row) for (was, *_), (row, *_) in zip(before[key], members, strict=True)]
+        for key, members in after.items()
+        if key in before and [rest for _, *rest in before[key]] == [rest for _, *rest in members]
+    }
+
+
+def rearranged(moves: Mapping[int, int], n: int) -> list[tuple[int, int]] | None:
+    """Copies (from, to) between n places, one after the other, that bring everything from its old place to its new one.
+
+    None where a circle of places would need one that is empty, and there is none.
+
+    >>> rearranged({0: 1, 1: 2, 3: 3}, 4)
+    [(1, 2), (0, 1)]
+    >>> rearranged({0: 1, 1: 0}, 3)
+    [(1, 2), (0, 1), (2, 0)]
+    """
+    waiting = {was: now for was, now in moves.items() if was != now}
+    taken = set(moves)
+    order: list[tuple[int, int]] = []
+    while waiting:
+        was = next((was for was, now in waiting.items() if now not in taken), None)
+        if was is None:  # only circles are left
+            spare = next((place for place in reversed(range(n)) if place not in taken), None)
+            if spare is None:
+                return None
+            was, now = waiting.popitem()
+            waiting[spare] = now
+            taken.add(spare)
+            order.append((was, spare))
+        else:
+            now = waiting.pop(was)
+            taken.add(now)
+            order.append((was, now))
+        taken.remove(was)
+    return order

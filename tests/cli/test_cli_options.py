@@ -18,7 +18,7 @@ from fwdllama.errors import UsageError
 from .conftest import Run
 
 # Settings that one would change only while working on the method itself.
-WITHOUT_OPTION = {"pacing.max_rounds", "step.half_life", "step.final_lr", "batch.evaluate_every", "engine.flash"}
+WITHOUT_OPTION = {"pacing.max_rounds", "step.final_lr", "batch.evaluate_every", "engine.flash"}
 
 
 @pytest.fixture(scope="module")

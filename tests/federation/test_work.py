@@ -31,7 +31,7 @@ from gguf_tools.synth import write_tiny_llama
 ENGINE = {"n_threads": 1}
 TRAIN = {
     "batch": {"units": 4, "per_unit": 2, "fresh": 1, "held_out": 2},
-    "estimator": {"rounds": 2},
+    "estimator": {"rounds": 2, "examples_per_probe": 4},
     "space": {"layers": [1, 2]},
     "budget": {"steps": 3},
     "engine": ENGINE,

@@ -121,6 +121,17 @@ def test_a_copied_sequence_goes_on_like_its_source_and_leaves_it_alone(context: 
     assert np.abs(source - copy).max() < 2e-5
 
 
+def test_a_copy_is_what_its_source_held_though_another_state_is_restored_there_at_once(context: Context) -> None:
+    first = decoded(context, TOKENS[:6])
+    decoded(context, TOKENS[10:14], sequence=1)
+    other = context.saved(1)
+    context.copy(0, 3)
+    context.restore(0, other)
+    assert np.abs(decoded(context, TOKENS[14:16], start=4, sequence=0) - decoded(context, TOKENS[14:16], start=4, sequence=1)).max() < 2e-5
+    context.forget(3, 5)
+    assert np.abs(decoded(context, TOKENS[5:6], start=5, sequence=3)[0] - first[5]).max() < 2e-5
+
+
 def test_clear_forgets_every_sequence(context: Context) -> None:
     for sequence in (0, 1):
         decoded(context, TOKENS[:5], sequence=sequence)

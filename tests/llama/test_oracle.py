@@ -182,13 +182,33 @@ def test_a_units_common_beginning_is_decoded_once_and_only_new_units_are_decoded
         assert oracle.n_decoded == 49 + 17 + 4 + 31 + 8 + 20
         for changed, n_decoded in (
             ([*EXAMPLES[:3], None, *EXAMPLES[4:]], 8),  # e is a unit by itself now
-            ([*EXAMPLES[:4], *EXAMPLES[5:]], 31 + 20),  # f has moved, and no row's cells do
+            ([*EXAMPLES[:4], *EXAMPLES[5:]], 31 + 20),  # f has moved, and its row is its unit's name
             ([*EXAMPLES[:4], EXAMPLES[5], replace(EXAMPLES[5], id="g")], 20),
             (EXAMPLES[1:3], 57 + 4),
         ):
             before = oracle.n_decoded
             oracle.load(changed)
             assert oracle.n_decoded - before == n_decoded
+
+
+@pytest.mark.parametrize("scope", ["answer", "all"])
+def test_rows_that_have_moved_have_the_losses_that_they_had(model: Model, scope: Scope) -> None:
+    def at(number: int, letter: str) -> Encoded:
+        return replace(EXAMPLES[number], id=letter, unit=number)
+
+    with make(model, scope) as oracle:
+        oracle.write(drawn(oracle, 1))
+        first = [at(0, "a"), at(3, "b"), at(5, "c"), at(1, "d")]
+        oracle.load(first)
+        losses = dict(zip("abcd", oracle.losses(), strict=True))
+        for order in ("dcba", "bacd", "cadb", "adcb"):  # circles of two, of three and of four
+            rows = [next(e for e in first if e.id == letter) for letter in order]
+            before = oracle.n_decoded
+            oracle.load(rows)
+            assert scope == "all" or oracle.n_decoded == before
+            assert oracle.losses().tolist() == [losses[letter] for letter in order]
+        oracle.load([at(2, "e"), first[3], first[0]])
+        assert oracle.losses().tolist()[1:] == [losses["d"], losses["a"]]
 
 
 def test_a_batch_that_does_not_fit_one_decode_is_split(oracle: LlamaOracle, by_hand: TinyLlama) -> None:

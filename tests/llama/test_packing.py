@@ -38,4 +38,4 @@ def test_no_decode_exceeds_tokens_outputs_or_cells(n_tokens: int, start: int, n_
 def test_padding_is_accepted_up_to_what_another_decode_would_cost() -> None:
     assert decodes([[0], [1]], [4, 4 + DECODE_TOKENS]) == [[0, 1]]
     assert decodes([[0], [1]], [4, 5 + DECODE_TOKENS]) == [[0], [1]]
-    assert decodes([[0, 1], [2, 3]], [4, 4, 8, 8]) == [[0], [1]]  # twice four tokens of padding
+    assert decodes([[0, 1], [2, 3]], [4, 4, 10, 10]) == [[0], [1]]  # twice six tokens of padding

@@ -166,7 +166,8 @@ def merged(lags: Sequence[int]) -> bytes:
     """A round's entry by every rule of aggregation."""
     found = []
     for rule in ("clip", "mean", "median", "trimmed"):
-        shape, train = {"copies": 1 if rule == "clip" else 3}, {"estimator": {"sided": "two", "examples_per_probe": 4}}
+        shape = {"copies": 1 if rule == "clip" else 3}
+        train = {"estimator": {"sided": "two", "examples_per_probe": 4}, "step": {"lr": 0.05, "half_life": 800}}
         spec, _ = toy_run("toy", 8, round=shape, train=train, aggregation={"rule": rule})
         outcome = merge(contributions(lags), spec, Learner(0.4, 99), 5, 0.25)
         found.append(outcome.entry.payload() + repr((outcome.learner, outcome.loss, outcome.gradient_rms, outcome.lr)).encode())

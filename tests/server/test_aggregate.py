@@ -21,7 +21,7 @@ DIGEST = "0" * 64
 
 
 def spec(*, copies: int = 1, sided: str = "two", pacing: dict[str, Any] | None = None, **aggregation: Any) -> RunSpec:
-    train = {"estimator": {"sided": sided}, **({"pacing": pacing} if pacing else {})}
+    train = {"estimator": {"sided": sided, "examples_per_probe": 4}, **({"pacing": pacing} if pacing else {})}
     shape = {"probes": 8, "most": 32, "probes_per_task": 4, "copies": copies}
     made, _ = toy_run("toy", 8, eps=EPS, train=train, round=shape, aggregation=aggregation)
     return made
