@@ -117,7 +117,7 @@ class EngineConfig(Section):
     flash: bool = False  # flash attention makes a loss depend on what else is decoded with it, by up to 0.07 nats
     n_gpu_layers: Annotated[int, Field(ge=0)] = 0
     n_batch: Positive = 512
-    together: Positive = 32  # examples of one decode of probes, each probe with a theta of its own; 1: one probe after the other
+    together: Positive = 16  # examples of one decode of probes, each probe with a theta of its own; 1: one probe after the other
     trunk: bool = True  # compute the layers below the first trained one once an example
     stage_layers: Positive | None = None  # so many of those layers are in memory at a time, before training; None: all, beside the trained ones
     states: Literal["f32", "f16"] | None = None  # what enters the first trained layer; None: f16 where it is kept on disk

@@ -12,7 +12,7 @@ from fwdllama.batches import EncodedUnits, RollingBatches, groups_of, shuffled
 from fwdllama.config import TrainConfig
 from fwdllama.encode import Encoder, model_template
 from fwdllama.llama.model import Tokenizer
-from fwdllama.memory import Shape, outputs_together
+from fwdllama.memory import MIN_OUTPUTS, Shape
 from fwdllama.tasks import Kind
 from fwdllama.tasks.load import load_dataset, split_by_group
 from fwdllama.types import Dataset, Encoded
@@ -74,7 +74,7 @@ def material(config: TrainConfig, dataset: Dataset, source: str, tokenizer: Toke
     unit_size = max(len(group) for group in (*groups, *watched_groups))
     sample = [encoder.example(groups[i][0]) for i in shuffled(config.seed, 0, len(groups))[:SAMPLE]]
     n_ctx = config.batch.n_ctx or _fitting([e.n_tokens for e in sample], tokenizer.info.context_length)
-    n_outputs = max(outputs_together(config, tokenizer.info.n_vocab), *(len(e.target) for e in sample))
+    n_outputs = max(MIN_OUTPUTS, *(len(e.target) for e in sample))
     n_outputs = min(n_outputs, config.engine.n_batch - len(encoder.invocation))
     units = EncodedUnits(groups, encoder.example, n_ctx, source, n_outputs)
     batches = RollingBatches(

@@ -26,7 +26,6 @@ SPACE_COPIES = 5  # of A and B: llama.cpp's, the adapter's, the chosen A, the in
 UNIT_COPIES = 3  # of what enters the lower layers, leaves them, and is joined
 THETA_COPIES = 8  # theta, the last update, a probe's offset and position, a step's sum and the direction being added, and a test of it
 MIN_OUTPUTS = 64  # logits rows a decode; 64 of a vocabulary of 50,000 are 13 MB
-OUTPUTS_PER_EXAMPLE, LOGITS_BYTES = 4, 32 << 20  # more of them where examples are decoded together, as long as they stay small
 
 BEHIND = 32  # tokens of an example behind its prompt whose values are kept between the parts: an invocation and a short answer
 
@@ -75,23 +74,12 @@ class Shape:
     n_outputs: int = MIN_OUTPUTS
 
     @classmethod
-    def expected(cls, config: TrainConfig, n_vocab: int, n_ctx: int, unit_size: int | None = None) -> Shape:
+    def expected(cls, config: TrainConfig, n_ctx: int, unit_size: int | None = None) -> Shape:
         """As data with `unit_size` questions on each paragraph will have it, None for enough of them; what is held out is whole paragraphs."""
         batch = config.batch
         size = min(batch.per_unit, unit_size or batch.per_unit)
         n_seq = -(-batch.held_out // size) * size + max(1, batch.units * batch.per_unit // size) * size
-        return cls(n_ctx, n_seq, size, max(outputs_together(config, n_vocab), n_seq))
-
-
-def outputs_together(config: TrainConfig, n_vocab: int) -> int:
-    """Logits rows of a decode of as many examples as the configuration puts together, of a model with so many tokens.
-
-    >>> [outputs_together(TrainConfig(budget={"steps": 1}), n_vocab) for n_vocab in (49_152, 128_256)]
-    [128, 65]
-    """
-    if config.space.scope == "all":
-        return MIN_OUTPUTS
-    return max(MIN_OUTPUTS, min(OUTPUTS_PER_EXAMPLE * config.engine.together, LOGITS_BYTES // (4 * n_vocab)))
+        return cls(n_ctx, n_seq, size, max(MIN_OUTPUTS, n_seq))
 
 
 def engine_options(*, batch: int, n_ctx: int, n_threads: int, kv_type: str = "f16") -> ContextOptions:

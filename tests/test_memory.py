@@ -120,7 +120,7 @@ def sizes_of(phase: Phase) -> dict[str, int]:
 
 def test_training_holds_two_parts_and_evaluating_one_model(wide: Path) -> None:
     info = read_model_info(wide)
-    shape = Shape.expected(config(), info.n_vocab, 256)
+    shape = Shape.expected(config(), 256)
     assert (shape.n_seq, shape.unit_size) == (75, 5)  # 32 watched examples are seven paragraphs of five
     plan = training(info, config(), shape)
     assert [phase.name for phase in plan.phases] == ["choosing A", "training"]
@@ -144,7 +144,7 @@ def test_training_holds_two_parts_and_evaluating_one_model(wide: Path) -> None:
 )
 def test_a_run_without_a_trunk_holds_the_whole_model_once(wide: Path, values: dict[str, Any]) -> None:
     info = read_model_info(wide)
-    plan = training(info, config(**values), Shape.expected(config(), info.n_vocab, 256))
+    plan = training(info, config(**values), Shape.expected(config(), 256))
     assert [phase.name for phase in plan.phases] == ["choosing A", "training"]
     names = [item.name for item in plan.peak.items]
     assert [name for name in names if name.startswith("weights")] == ["weights of the model, read"]
@@ -152,8 +152,7 @@ def test_a_run_without_a_trunk_holds_the_whole_model_once(wide: Path, values: di
 
 
 def test_what_is_loaded_already_is_not_asked_for_again(wide: Path) -> None:
-    info = read_model_info(wide)
-    shape = Shape.expected(config(), info.n_vocab, 256)
+    info, shape = read_model_info(wide), Shape.expected(config(), 256)
     plan = training(info, config(), shape)
     missing = plan.peak.total_bytes - sum(item.size_bytes for item in to_load(info, config(), shape))
     examples, vocabulary = (next(item for item in plan.peak.items if item.name.startswith(name)) for name in ("examples", "vocabulary"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fwdllama.types import Encoded
 
 PROMPT_TOKENS = 190  # of the examples whose probes are timed
-N_PROBES, N_ROUNDS = 4, 6  # different probes, each of as many examples as training gives it, and how often each is timed
+N_PROBES, N_ROUNDS, EXAMPLES = 4, 6, 4  # different probes, how often each is timed, and the examples of one
 EPS = 0.01  # of a probe; any that is not zero costs the same
 MEMORY_ROUNDS = 3
 STARTS = 3
@@ -75,7 +75,8 @@ def near(examples: Sequence[Encoded], n_tokens: int, n: int) -> list[Encoded]:
 def probe_times(model: str, data: Path, n_probes: int, n_rounds: int) -> tuple[dict[str, ProbeTimes], float]:
     """Times with the whole model and with trunk and top, and the mean length of the prompts in tokens.
 
-    A probe takes `examples_per_probe` examples of different paragraphs, as in training, so recomputing finds no prompt to share.
+    A probe takes EXAMPLES examples of different paragraphs, so recomputing finds no prompt to share; in training a decode holds more, each with
+    its own theta, and costs what as many at one theta do (`probe-share`).
     """
     from fwdllama.batches import groups_of
     from fwdllama.config import make_config
@@ -94,7 +95,7 @@ def probe_times(model: str, data: Path, n_probes: int, n_rounds: int) -> tuple[d
     with Model(path) as whole:
         encoder = Encoder(whole, model_template(whole, config.template, "squad"))
         units = groups_of(load_dataset(data, limit=500).examples, config.batch.per_unit)
-        size = config.estimator.examples_per_probe
+        size = EXAMPLES
         examples = near([encoder.example(unit[0]) for unit in units], PROMPT_TOKENS, n_probes * size)
         probes = [range(start, start + size) for start in range(0, len(examples), size)]
         found["whole"] = _pair(whole, space, examples, None, probes, n_rounds)

@@ -152,7 +152,7 @@ def planned_bytes(model: Path, settings: list[Values]) -> list[int]:
 
     info, base = read_model_info(model), process_bytes()
     configs = [configuration(values) for values in settings]
-    return [base + training(info, config, Shape.expected(config, info.n_vocab, CTX)).peak.total_bytes for config in configs]
+    return [base + training(info, config, Shape.expected(config, CTX)).peak.total_bytes for config in configs]
 
 
 def recorded_plan(folder: Path) -> dict[str, int]:
@@ -164,11 +164,10 @@ def recorded_plan(folder: Path) -> dict[str, int]:
     from gguf_tools.model import read_model_info
 
     facts, config = read_facts(folder), read_config(folder / "config.json")
-    info = read_model_info(Path(facts["files"]["model"]))
-    expected = Shape.expected(config, info.n_vocab, facts["identity"]["context"])
+    expected = Shape.expected(config, facts["identity"]["context"])
     n_seq = int(facts.get("n_seq", expected.n_seq))
     shape = Shape(expected.n_ctx, n_seq, expected.unit_size, max(expected.n_outputs, n_seq))
-    plan = training(info, config, shape)
+    plan = training(read_model_info(Path(facts["files"]["model"])), config, shape)
     return {"n_seq": n_seq, "planned_bytes": process_bytes() + plan.peak.total_bytes}
 
 
