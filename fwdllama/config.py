@@ -163,8 +163,9 @@ class TrainConfig(Section):
 
     @property
     def n_places(self) -> int:
-        """Probes that are evaluated in one decode."""
-        return max(1, self.engine.together // self.estimator.examples_per_probe)
+        """Probes that are evaluated in one decode, of which each takes other examples of the batch."""
+        per_probe = self.estimator.examples_per_probe
+        return max(1, min(self.engine.together, self.batch.units * self.batch.per_unit) // per_probe)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -9,7 +9,6 @@ import pytest
 from fwdllama_eval.bench import costs, directions, runs
 from fwdllama_eval.bench.measure import Bench
 
-from fwdllama.config import EstimatorConfig
 
 from .conftest import values
 
@@ -35,7 +34,7 @@ def test_time_to_a_loss_is_read_between_two_points_of_the_curve(loss: float, sec
 
 def test_a_probe_with_the_prompt_kept_decodes_a_fraction_of_the_tokens(bench: Bench) -> None:
     found, prompt_tokens = costs.probe_times(bench.model, bench.train_data, 2, 4)
-    size = EstimatorConfig().examples_per_probe
+    size = costs.EXAMPLES
     for times in found.values():
         assert len(times.answer_s) == len(times.all_s) == 8
         assert times.all_tokens - times.answer_tokens == pytest.approx(size * prompt_tokens)
