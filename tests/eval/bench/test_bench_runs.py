@@ -9,7 +9,6 @@ import pytest
 from fwdllama_eval.bench import costs, directions, runs
 from fwdllama_eval.bench.measure import Bench
 
-
 from .conftest import values
 
 
