@@ -40,7 +40,7 @@ class Command(TyperCommand):
 
 
 def say_defaults(command: Any) -> None:
-    """Put the default of each setting into the help of its option; safe to call twice."""
+    """Put the default of each setting, its option's own or the configuration's, into the help of its option; safe to call twice."""
     from fwdllama.config import make_config
 
     config = make_config({"budget": {"steps": 1}})
@@ -49,6 +49,7 @@ def say_defaults(command: Any) -> None:
             value: Any = config
             for part in SETTINGS[parameter.name].split("."):
                 value = getattr(value, part)
+            value = value if parameter.default is None else parameter.default
             if isinstance(value, bool):
                 value = parameter.name if value else f"no-{parameter.name}"
             text = ",".join(value) if isinstance(value, tuple) else str(value)
@@ -109,9 +110,7 @@ ExamplesPerProbe = Annotated[int | None, option(SLOPES, "Examples that share a d
 Sided = Annotated[Literal["one", "two"] | None, option(SLOPES, "Losses at one side of theta, or at both.", SET)]
 Rounds = Annotated[int | None, option(SLOPES, "Directions for each example in a step.", SET, metavar="N")]
 Eps = Annotated[float | None, option(SLOPES, "Distance of a probe.", "calibrated", metavar="X")]
-Outlier = Annotated[
-    float | None, option(SLOPES, "Examples count less from so many times the mean loss on.", SET, metavar="X")
-]
+Outlier = Annotated[float | None, option(SLOPES, "Examples count less from so many times the mean loss on.", SET, metavar="X")]
 ExampleClip = Annotated[
     float | None, option(SLOPES, "Slopes of one example are at most so many times the median example's.", SET, metavar="X")
 ]
