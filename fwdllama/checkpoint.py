@@ -67,6 +67,7 @@ class State:
     decode_s: float = 0.0
     eps: float = 0.0
     mean_square: float | None = None  # running mean of squared slopes
+    first_mean_square: float | None = None  # the same, of the slopes of first tokens alone
     lr_scale: float = 1.0  # halved where steps were found too long
     best_step: int = 0
     best_loss: float | None = None

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fwdllama.errors import UsageError
 from fwdllama.space import MODULES
 
+FIRST_ROUNDS = 10  # unless said otherwise
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -52,9 +53,10 @@ class EstimatorConfig(Section):
     examples_per_probe: Positive = 1  # probes share decodes, so that one example costs a fourth of four; and only alone can it be clipped
     sided: Literal["one", "two"] = "one"
     rounds: Positive = 8  # directions for each group of examples and step
+    first_rounds: Annotated[int, Field(ge=0)] | None = None  # the same, of the answers' first tokens alone; None: see `TrainConfig.first_rounds`
     eps: PositiveFloat | None = None  # None: calibrated
     outlier: PositiveFloat = 1.5  # times the batch's mean loss, from where on an example counts ever less
-    example_clip: PositiveFloat = 1.0  # times the median example's root mean square slope, from where on an example's slopes are scaled down
+    example_clip: PositiveFloat = 2.0  # times the median example's root mean square slope, from where on an example's slopes are scaled down
     objective: Literal["nll", "f1"] = "nll"
 
 
@@ -69,8 +71,8 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.006  # of the step that would be best for one probe alone; the others of the step add to it, and most noise stays
-    half_life: Positive = 4000  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
+    lr: PositiveFloat = 0.0075  # of the step that would be best for one probe alone; the others of the step add to it, and most noise stays
+    half_life: Positive = 10000  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = False  # test each step on fresh examples, as the first always is; halve or reject it where it is clearly worse
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
@@ -142,15 +144,26 @@ class TrainConfig(Section):
         """Directions for each group of examples that a step has at least."""
         return self.estimator.rounds if self.pacing.kind == "fixed" else min(4, self.pacing.max_rounds)
 
+    @property
+    def first_rounds(self) -> int:
+        """Directions for each group of examples and step by which only the first token of each answer is judged.
+
+        That token says whether a model looks in the right place. Its loss alone costs a fourth of a whole answer's, and its slopes are not drowned in
+        those of when to stop (LOG.md). In scope `all`, where the prompt is most of the work, and for objective f1 there are none unless asked for.
+        """
+        if self.estimator.first_rounds is not None:
+            return self.estimator.first_rounds
+        return FIRST_ROUNDS if self.space.scope == "answer" and self.estimator.objective == "nll" else 0
+
     def most_steps(self, n_slots: int) -> int | None:
         """The most steps that the budget has room for, None where it is limited by time alone; every step has `fewest_rounds` probes of each group
         of its examples, of which there are `n_slots` at least.
 
         >>> budgets = {"probes": 100}, {"steps": 9, "probes": 1000}, {"seconds": 9}
         >>> [TrainConfig(budget=BudgetConfig(**budget)).most_steps(8) for budget in budgets]
-        [7, 9, None]
+        [1, 7, None]
         """
-        n_probes = self.fewest_rounds * -(-n_slots // self.estimator.examples_per_probe)
+        n_probes = (self.fewest_rounds + self.first_rounds) * -(-n_slots // self.estimator.examples_per_probe)
         limits = [] if self.budget.steps is None else [self.budget.steps]
         if self.budget.probes is not None:
             limits.append(-(-self.budget.probes // n_probes))
@@ -169,6 +182,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.estimator.first_rounds and self.estimator.objective == "f1":
+            raise ValueError(f"first_rounds {self.estimator.first_rounds} needs objective nll: an answer's first token has no F1")
         if self.engine.stage_layers is not None and not (self.engine.trunk and self.estimator.objective == "nll"):
             raise ValueError("stage_layers needs the trunk and objective nll: only then are lower layers computed before training")
         if self.estimator.examples_per_probe > self.batch.units * self.batch.per_unit:

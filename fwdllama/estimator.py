@@ -59,6 +59,7 @@ def evaluate(
     base: Losses | None,  # losses at theta of the batch's rows; None for two-sided probes
     eps: float,
     limit: float = math.inf,  # nats, above which a loss counts ever less
+    n_targets: int | None = None,  # the first target tokens of each example, whose losses count alone
 ) -> Iterator[Probe]:
     """Evaluate the probes of `plan`, in its order and as many at once as the oracle can; theta itself is never changed, so nothing drifts.
 
@@ -69,24 +70,32 @@ def evaluate(
         block = plan[begin : begin + at_once]
         drawn = [packed_bits(seed, theta.size) for seed, _ in block]
         chosen = [groups[group] for _, group in block]
-        plus = _losses(oracle, theta, drawn, np.float32(eps), chosen)
-        minus = _losses(oracle, theta, drawn, -np.float32(eps), chosen) if base is None else [base[list(rows)] for rows in chosen]
+        plus = _losses(oracle, theta, drawn, np.float32(eps), chosen, n_targets)
+        if base is None:
+            minus = _losses(oracle, theta, drawn, -np.float32(eps), chosen, n_targets)
+        else:
+            minus = [base[list(rows)] for rows in chosen]
         for (seed, group), bits, up, down in zip(block, drawn, plus, minus, strict=True):
             yield Probe(seed, group, float(bounded(up, limit).mean()), float(bounded(down, limit).mean()), bits)
 
 
 def _losses(
-    oracle: LossOracle, theta: NDArray[np.float32], drawn: Sequence[Bits], distance: np.float32, groups: Sequence[Sequence[int]]
+    oracle: LossOracle,
+    theta: NDArray[np.float32],
+    drawn: Sequence[Bits],
+    distance: np.float32,
+    groups: Sequence[Sequence[int]],
+    n_targets: int | None,
 ) -> list[Losses]:
     """Losses of each group at theta + distance z, with a z of its own."""
     if len(drawn) > 1 and isinstance(oracle, SideBySide):
         for index, bits in enumerate(drawn):
             oracle.place(index, moved(theta, bits, distance))
-        return oracle.losses_beside(groups)
+        return oracle.losses_beside(groups, n_targets=n_targets)
     found = []
     for bits, rows in zip(drawn, groups, strict=True):
         oracle.write(moved(theta, bits, distance))
-        found.append(oracle.losses(rows))
+        found.append(oracle.losses(rows, n_targets=n_targets))
     return found
 
 

@@ -197,6 +197,6 @@ def _theta(space: Space, config: TrainConfig) -> Item:
     """The adapter, theta, and the directions of one step, a bit a number."""
     n_space = sum(space.rank * (matrix.n_in + matrix.n_out) for matrix in space.matrices)
     groups = -(-config.batch.units * config.batch.per_unit // config.estimator.examples_per_probe)
-    directions = groups * config.estimator.rounds * space.n_params // 8
+    directions = groups * (config.estimator.rounds + config.first_rounds) * space.n_params // 8
     beside = config.n_places * 4 * space.n_params if config.n_places > 1 and config.space.scope == "answer" else 0
     return Item("adapter, theta and directions", 4 * (SPACE_COPIES * n_space + THETA_COPIES * space.n_params) + directions + beside)

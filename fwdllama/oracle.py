@@ -27,8 +27,11 @@ class LossOracle(Protocol):
     def write(self, theta: NDArray[np.float32]) -> None:
         """Evaluate at theta, float32 (n_params,), from now on."""
 
-    def losses(self, rows: Sequence[int] | None = None) -> Losses:
-        """Mean negative log-likelihood per target token, in nats, of the batch's `rows` in that order (default: all examples)."""
+    def losses(self, rows: Sequence[int] | None = None, *, n_targets: int | None = None) -> Losses:
+        """Mean negative log-likelihood per target token, in nats, of the batch's `rows` in that order (default: all examples).
+
+        With `n_targets` of each example's first so many target tokens alone, for which no others need be computed.
+        """
 
 
 @runtime_checkable
@@ -40,14 +43,15 @@ class SideBySide(LossOracle, Protocol):
     def place(self, index: int, theta: NDArray[np.float32]) -> None:
         """Have theta at place `index`, beside those of other places; what `write` wrote may be lost."""
 
-    def losses_beside(self, groups: Sequence[Sequence[int]]) -> list[Losses]:
+    def losses_beside(self, groups: Sequence[Sequence[int]], *, n_targets: int | None = None) -> list[Losses]:
         """As `losses` of each group's rows, with the theta of place i for groups[i]."""
 
 
 class QuadraticOracle:
     """L_i(theta) = 1/2 (theta - centre_i)^T diag(curvature) (theta - centre_i): a central difference along any z is exact.
 
-    Example i of the batch is the one whose `prompt[0]` picks the row of `centres`, so that data order matters as in real life.
+    Example i of the batch is the one whose `prompt[0]` picks the row of `centres`, so that data order matters as in real life. The loss of its
+    first n target tokens is that of the first n parameters.
     """
 
     def __init__(self, centres: NDArray[np.float64], curvature: NDArray[np.float64], *, n_places: int = 1) -> None:
@@ -67,25 +71,25 @@ class QuadraticOracle:
         """Set theta."""
         self.theta = theta.astype(np.float64)
 
-    def losses(self, rows: Sequence[int] | None = None) -> Losses:
+    def losses(self, rows: Sequence[int] | None = None, *, n_targets: int | None = None) -> Losses:
         """The quadratic losses, shifted by nothing."""
         chosen = [c for c in self._batch if c >= 0] if rows is None else [self._batch[row] for row in rows]
         if -1 in chosen and rows is not None:
             raise DataError(f"row {rows[chosen.index(-1)]} of the batch is empty.")
         self.n_evaluations += len(chosen)
         away = self.theta - self.centres[chosen]
-        return np.asarray(0.5 * (away**2 * self.curvature).sum(axis=1), np.float64)
+        return np.asarray(0.5 * (away**2 * self.curvature)[:, :n_targets].sum(axis=1), np.float64)
 
     def place(self, index: int, theta: NDArray[np.float32]) -> None:
         """Keep theta for place `index`."""
         self._places[index] = theta.copy()
 
-    def losses_beside(self, groups: Sequence[Sequence[int]]) -> list[Losses]:
+    def losses_beside(self, groups: Sequence[Sequence[int]], *, n_targets: int | None = None) -> list[Losses]:
         """The losses of each group at its own place's theta."""
         found = []
         for index, rows in enumerate(groups):
             self.write(self._places[index])
-            found.append(self.losses(rows))
+            found.append(self.losses(rows, n_targets=n_targets))
         return found
 
     def gradient(self, row: int) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fwdllama.direction import Bits, each_packed, unpack
+from fwdllama.estimator import Probe
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,28 @@ def coefficients(
     if mean_square <= 0.0:
         return np.zeros(len(slopes), np.float32)
     return np.asarray(slopes * (lr / (examples_per_probe * mean_square)), np.float32)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The slopes of one kind of probes in a step: of whole answers, or of their first tokens alone, each divided by its own curvature."""
+
+    probes: Sequence[Probe]
+    wanted: int  # probes, by the pacing
+    limited: NDArray[np.float64]  # (n_probes,)
+    usable: NDArray[np.float64]  # those of `limited` that were finite
+    mean_square: float | None
+
+    @classmethod
+    def of(cls, probes: Sequence[Probe], slopes: NDArray[np.float64], wanted: int, mean_square: float | None, example_clip: float) -> Measured:
+        """`slopes` clipped example by example, then all; `mean_square` is the running one of the steps before."""
+        limited = clipped(evened(slopes, np.array([probe.group for probe in probes]), example_clip))
+        usable = limited[np.isfinite(slopes)]
+        return cls(probes, wanted, limited, usable, StepState(mean_square).updated(usable).mean_square)
+
+    def coefficients(self, lr: float, examples_per_probe: int) -> NDArray[np.float32]:
+        """a_i of every probe, (n_probes,)."""
+        return coefficients(self.limited, lr, self.mean_square or 0.0, examples_per_probe)
 
 
 def learning_rate(lr: float, *, fraction: float, final: float, n_probes: int, half_life: float) -> float:

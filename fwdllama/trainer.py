@@ -1,9 +1,9 @@
 """The training loop: batch, probes, step, test, record. It knows the oracle only through its protocol.
 
-One step in eight sentences: the batch's rolling part is replaced; the unperturbed losses are taken once; groups of examples are drawn;
-every probe writes theta + eps z and asks one group's loss; slopes are centred and clipped, those of each group and all; coefficients
-follow from their size alone; the next batch is loaded, and the first step, others on request, tested on what is new in it; what is
-kept goes into the ledger.
+One step in nine sentences: the batch's rolling part is replaced; the unperturbed losses are taken once; groups of examples are drawn;
+every probe writes theta + eps z and asks one group's loss; more probes ask for that of the answers' first tokens alone; slopes are
+centred and clipped, those of each group and all; coefficients follow from their size alone; the next batch is loaded, and the first
+step, others on request, tested on what is new in it; what is kept goes into the ledger.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fwdllama.config import TrainConfig
 from fwdllama.errors import EngineError
 from fwdllama.estimator import Probe, centred_slopes, evaluate
 from fwdllama.ledger import Entry
-from fwdllama.oracle import LossOracle
+from fwdllama.oracle import Losses, LossOracle
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
 from fwdllama.sampler import Sampler
-from fwdllama.step import StepState, clipped, coefficients, combined, evened, learning_rate
+from fwdllama.step import Measured, combined, learning_rate
 from fwdllama.types import Encoded
 
 FIRST_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)  # powers of two, so that scaled coefficients stay exact
@@ -156,12 +156,11 @@ class Trainer:
         losses[members] = self.oracle.losses(members)
         if not np.isfinite(losses[members]).all():
             raise EngineError(f"step {state.step}: the model's loss is not a number; lower --lr or check the model.")
-        probes, slopes, wanted = self._probe(groups, losses, fraction)
-        if not probes:
+        n_first = config.first_rounds * len(groups)
+        whole = self._measured(groups, losses, self._pacing(len(groups)), fraction, more=n_first)
+        first = self._measured(groups, self._first_losses(members), Fixed(n_first), fraction, before=whole) if whole and n_first else None
+        if whole is None or (n_first and first is None):
             return False
-        limited = clipped(evened(slopes, np.array([probe.group for probe in probes]), config.estimator.example_clip))
-        usable = limited[np.isfinite(slopes)]
-        running = StepState(state.mean_square).updated(usable)
         lr = learning_rate(
             config.step.lr * state.lr_scale,
             fraction=fraction,
@@ -169,7 +168,9 @@ class Trainer:
             n_probes=state.n_probes,
             half_life=config.step.half_life,
         )
-        values = coefficients(limited, lr, running.mean_square or 0.0, config.estimator.examples_per_probe)
+        parts = [whole, first] if first else [whole]
+        values = np.concatenate([part.coefficients(lr, config.estimator.examples_per_probe) for part in parts])
+        probes = [probe for part in parts for probe in part.probes]
         update = combined([probe.bits for probe in probes], values, self.theta.size)
         factor = self._tested(update)
         values *= np.float32(factor)
@@ -181,7 +182,8 @@ class Trainer:
             state,
             step=state.step + 1,
             n_probes=state.n_probes + len(probes),
-            mean_square=running.mean_square,
+            mean_square=whole.mean_square,
+            first_mean_square=first.mean_square if first else state.first_mean_square,
             lr_scale=_next_scale(state.lr_scale, factor, first=state.step == 0),
         )
         held_out = None
@@ -196,10 +198,11 @@ class Trainer:
             "step": state.step,
             "elapsed_s": round(after.elapsed_s, 3),
             "n_probes": len(probes),
-            "n_probes_gate": wanted,
+            "n_probes_gate": whole.wanted,
+            "n_probes_first": len(first.probes) if first else 0,
             "loss": float(losses[members].mean()),
             "held_out_loss": held_out,
-            "projected_gradient_rms": float(np.sqrt(np.mean(np.square(usable)))) if len(usable) else 0.0,
+            "projected_gradient_rms": float(np.sqrt(np.mean(np.square(whole.usable)))) if len(whole.usable) else 0.0,
             "accepted": factor > 0,
             "step_factor": factor,
             "lr": lr,
@@ -209,34 +212,46 @@ class Trainer:
             "peak_memory_bytes": self.clock.peak_memory_bytes(),
         }
         self.directory.record(entry, self.theta, after, metrics, snapshot=after.step % 8 == 0)
-        self.on_progress(Progress(self.state, metrics, len(probes), wanted, self.fraction()))
+        self.on_progress(Progress(self.state, metrics, len(probes), len(probes), self.fraction()))
         return True
 
-    def _probe(
-        self, groups: Sequence[Sequence[int]], losses: NDArray[np.float64], fraction: float
-    ) -> tuple[list[Probe], NDArray[np.float64], int]:
-        """Probes until the pacing is content; none when asked to stop, because half a step would not repeat."""
+    def _first_losses(self, rows: Sequence[int]) -> Losses:
+        """Losses at theta of the first target token of `rows`, by row."""
+        losses = np.full(len(self._rows), np.nan)
+        self.oracle.write(self.theta)
+        losses[rows] = self.oracle.losses(rows, n_targets=1)
+        return losses
+
+    def _measured(
+        self, groups: Sequence[Sequence[int]], losses: Losses, pacing: Pacing, fraction: float, *, before: Measured | None = None, more: int = 0
+    ) -> Measured | None:
+        """Probes until the pacing is content; None when asked to stop, because half a step would not repeat.
+
+        losses: at theta, by row; `before` are the step's probes of whole answers, behind which those of first tokens come; `more` are still to come.
+        """
         config, state = self.config, self.state
-        pacing, sampler = self._pacing(len(groups)), Sampler(config.seed, config.step.candidates)
-        base = losses if config.estimator.sided == "one" else None
-        limit = config.estimator.outlier * float(np.nanmean(losses))
+        sampler, estimator = Sampler(config.seed, config.step.candidates), config.estimator
+        base = losses if estimator.sided == "one" else None
+        limit = estimator.outlier * float(np.nanmean(losses))
+        n_targets, done = (1, len(before.probes)) if before else (None, 0)
         probes: list[Probe] = []
         slopes = np.zeros(0)
         wanted = pacing.wanted(slopes)
         while len(probes) < wanted:
             n = min(len(groups), wanted - len(probes))
             plan = [
-                (sampler.seed(state.step, len(probes) + i, self._update), (len(probes) + i) % len(groups)) for i in range(n)
+                (sampler.seed(state.step, done + len(probes) + i, self._update), (len(probes) + i) % len(groups)) for i in range(n)
             ]
-            for probe in evaluate(self.oracle, self.theta, plan, groups, base, state.eps, limit):
+            for probe in evaluate(self.oracle, self.theta, plan, groups, base, state.eps, limit, n_targets):
                 probes.append(probe)
                 self._rest()
                 if self.stop():
-                    return [], slopes, wanted
-                self.on_progress(Progress(state, None, len(probes), wanted, fraction))
-            slopes = centred_slopes(probes, state.eps, config.estimator.sided)
+                    return None
+                self.on_progress(Progress(state, None, done + len(probes), done + wanted + more, fraction))
+            slopes = centred_slopes(probes, state.eps, estimator.sided)
             wanted = pacing.wanted(slopes)
-        return probes, slopes, wanted
+        mean_square = state.first_mean_square if before else state.mean_square
+        return Measured.of(probes, slopes, wanted, mean_square, estimator.example_clip)
 
     def _tested(self, update: NDArray[np.float32]) -> float:
         """Load the next batch and try the step on the examples that are new in it: the factor to take it with.

@@ -45,7 +45,7 @@ class RoundingOracle:
     def write(self, theta: NDArray[np.float32]) -> None:
         self.theta = theta.astype(np.float64)
 
-    def losses(self, rows: Sequence[int] | None = None) -> Losses:
+    def losses(self, rows: Sequence[int] | None = None, *, n_targets: int | None = None) -> Losses:
         chosen = list(range(4)) if rows is None else list(rows)
         if np.abs(self.theta).max() > self.reach:
             return np.full(len(chosen), np.nan)

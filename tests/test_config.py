@@ -92,6 +92,7 @@ def test_a_configuration_comes_back_from_its_json_as_it_was(tmp_path_factory: py
         ("space.colour", "red", r"space\.colour: Extra inputs are not permitted \(got 'red'\)"),
         ("estimator.eps", 0, r"estimator\.eps: Input should be greater than 0 \(got 0\)"),
         ("estimator.sided", "both", r"estimator\.sided: Input should be 'one' or 'two' \(got 'both'\)"),
+        ("estimator.first_rounds", -1, r"estimator\.first_rounds: Input should be greater than or equal to 0 \(got -1\)"),
         ("step.lr", -1, r"step\.lr: Input should be greater than 0 \(got -1\)"),
         ("step.lr", "fast", r"step\.lr: .* valid number.* \(got 'fast'\)"),
         ("step.final_lr", 1.5, r"step\.final_lr: .* less than or equal to 1 \(got 1\.5\)"),

@@ -132,6 +132,20 @@ def test_a_direction_for_each_example_gives_the_gradient_of_the_batch() -> None:
     assert np.allclose(mean, gradient(range(N_EXAMPLES)), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("n_places", [1, 3])
+@pytest.mark.parametrize("sided", ["one", "two"])
+def test_probes_of_first_tokens_compare_their_losses_alone(sided: str, n_places: int) -> None:
+    oracle = QuadraticOracle(dyadic(N_EXAMPLES, N_PARAMS), CURVATURE, n_places=n_places)
+    oracle.load([Encoded(str(i), (i,), (), (0,)) for i in range(N_EXAMPLES)])
+    oracle.write(THETA)
+    base = oracle.losses(n_targets=2) if sided == "one" else None
+    for probe in evaluate(oracle, THETA, [(7, 0), (8, 1)], [[0, 2], [1]], base, EPS, n_targets=2):
+        rows, z = [[0, 2], [1]][probe.group], EPS * direction(probe.seed, N_PARAMS)
+        for value, theta in ((probe.loss_plus, THETA + z), (probe.loss_minus, THETA if base is not None else THETA - z)):
+            oracle.write(theta)
+            assert value == oracle.losses(rows, n_targets=2).mean() != oracle.losses(rows).mean()
+
+
 @pytest.mark.parametrize("sided", ["one", "two"])
 def test_probes_with_a_limit_compare_bounded_losses(sided: str) -> None:
     oracle, rows = loaded(), [0, 2]

@@ -55,7 +55,7 @@ LIMIT = 1 << 30
 def config(limit: int | None = LIMIT, budget: dict[str, Any] | None = None, **engine: Any) -> TrainConfig:
     return make_config(
         {
-            "estimator": {"rounds": 1, "examples_per_probe": 4},
+            "estimator": {"rounds": 1, "first_rounds": 0, "examples_per_probe": 4},
             "space": {"layers": (1, 2)},
             "batch": {"units": 3, "per_unit": 2, "fresh": 2, "held_out": 2, "evaluate_every": 2},
             "engine": {"n_threads": 1, "keep_prompts_bytes": limit, **engine},

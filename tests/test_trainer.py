@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fwdllama.batches import RollingBatches
 from fwdllama.checkpoint import RunDirectory, State, read_metrics
 from fwdllama.config import TrainConfig, make_config
+from fwdllama.direction import direction
 from fwdllama.errors import EngineError
 from fwdllama.ledger import read_ledger
 from fwdllama.oracle import Losses, QuadraticOracle
@@ -48,16 +49,16 @@ class Oracle(QuadraticOracle):
     def __post_init__(self) -> None:
         super().__init__(CENTRES, CURVATURE)
 
-    def losses(self, rows: Sequence[int] | None = None) -> Losses:
+    def losses(self, rows: Sequence[int] | None = None, *, n_targets: int | None = None) -> Losses:
         self.n_calls += 1
         if self.n_calls == self.crash_at:
             raise CrashError
-        return self.judge(super().losses(rows), self.theta)
+        return self.judge(super().losses(rows, n_targets=n_targets), self.theta)
 
 
 def config(**sections: Any) -> TrainConfig:
     usual: dict[str, Any] = {
-        "estimator": {"rounds": 4, "examples_per_probe": 2, "outlier": 100.0, "example_clip": 100.0},
+        "estimator": {"rounds": 4, "first_rounds": 0, "examples_per_probe": 2, "outlier": 100.0, "example_clip": 100.0},
         "step": {"lr": 1.0, "half_life": 10**9, "accept": True},
         "pacing": {"tau": 0.8, "max_rounds": 8},
         "batch": {"units": 3, "per_unit": 2, "fresh": 1, "evaluate_every": 2},
@@ -107,6 +108,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "all three": {"estimator": {"sided": "two"}, "pacing": {"kind": "variance"}, "step": {"candidates": 2}},
     "untested steps": {"step": {"accept": False}},
     "long steps": {"step": {"lr": 6.0}},
+    "first tokens": {"estimator": {"first_rounds": 6}},
 }
 
 
@@ -251,6 +253,25 @@ def test_an_example_far_off_counts_no_more_than_others(tmp_path: Path, example_c
     entry = read_ledger(tmp_path / "run" / "ledger.bin")[0]
     sizes = np.sqrt(np.square(entry.coefficients.reshape(8, 6)).mean(axis=0))  # of each of the batch's six examples
     assert (sizes.max() > 1.05 * np.median(sizes)) == (example_clip > 1.0)
+
+
+def test_first_tokens_are_divided_by_their_own_curvature_and_follow_whole_answers_in_the_ledger(tmp_path: Path) -> None:
+    """That of this oracle is the first parameter's loss, which has a 24th of the slopes and is 0 at about 1."""
+    settings = {"step": {"accept": False, "lr": 0.01}, "budget": {"steps": 2}}
+    trained(tmp_path / "plain", config(**settings), held_out=[])
+    trained(tmp_path / "run", config(**settings, estimator={"first_rounds": 6}), held_out=[])
+    entry, whole = (read_ledger(tmp_path / name / "ledger.bin")[0] for name in ("run", "plain"))
+    n = len(whole.seeds)
+    assert entry.seeds[:n].tolist() == whole.seeds.tolist()
+    assert (entry.coefficients[:n] / whole.coefficients).std() < 1e-6  # the same but for the factor of the first step
+    assert len(entry.seeds) == n * 10 // 4 == len(set(entry.seeds.tolist()))
+    signs = np.array([direction(int(seed), N_PARAMS)[0] for seed in entry.seeds[n:]])
+    assert (entry.coefficients[n:] * signs).sum() < 0  # what is subtracted
+    row = read_metrics(tmp_path / "run")[0]
+    assert (row["n_probes"], row["n_probes_gate"], row["n_probes_first"]) == (len(entry.seeds), n, len(entry.seeds) - n)
+    with RunDirectory.open(tmp_path / "run") as run:
+        assert run.state.first_mean_square is not None
+        assert run.state.first_mean_square < (run.state.mean_square or 0.0)
 
 
 def test_a_step_of_probes_without_any_loss_leaves_theta(tmp_path: Path) -> None:

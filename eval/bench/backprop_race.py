@@ -91,7 +91,7 @@ def passes_of(config: TrainConfig, n_probes: int) -> int:
     n_batch = batch.units * batch.per_unit
     probed = n_probes * estimator.examples_per_probe
     if config.pacing.kind == "fixed":  # some groups are smaller than they may be, but each round has every example once
-        probed = min(probed, estimator.rounds * n_batch)
+        probed = min(probed, (estimator.rounds + config.first_rounds) * n_batch)
     sides = 1 if estimator.sided == "one" else 2
     return sides * probed + n_batch + (2 * batch.fresh * batch.per_unit if config.step.accept else 0)
 

@@ -64,7 +64,7 @@ def directions(bench: Bench) -> Measured:
     for name, n in per_probe.items():
         values = {
             "budget": {"seconds": bench.seconds(SECONDS)},
-            "estimator": {"examples_per_probe": n},
+            "estimator": {"examples_per_probe": n, "first_rounds": 0},
             "batch": {"evaluate_every": 1},
         }
         curves[name], probes = in_child(watched, values, bench.model, bench.train_data, folder / name)

@@ -109,6 +109,15 @@ Scope = Annotated[
 ExamplesPerProbe = Annotated[int | None, option(SLOPES, "Examples that share a direction.", SET, metavar="N")]
 Sided = Annotated[Literal["one", "two"] | None, option(SLOPES, "Losses at one side of theta, or at both.", SET)]
 Rounds = Annotated[int | None, option(SLOPES, "Directions for each example in a step.", SET, metavar="N")]
+FirstRounds = Annotated[
+    int | None,
+    option(
+        SLOPES,
+        "More directions for each example, judged by the first token of its answer alone, which costs a fourth.",
+        "10, with --scope all or --objective f1 none",
+        metavar="N",
+    ),
+]
 Eps = Annotated[float | None, option(SLOPES, "Distance of a probe.", "calibrated", metavar="X")]
 Outlier = Annotated[float | None, option(SLOPES, "Examples count less from so many times the mean loss on.", SET, metavar="X")]
 ExampleClip = Annotated[
@@ -212,7 +221,8 @@ SETTINGS: Mapping[str, str] = {
     "seed": "seed",
     "template": "template",
     **{name: f"space.{name}" for name in ("modules", "layers", "rank", "alpha", "train", "init", "scope")},
-    **{name: f"estimator.{name}" for name in ("examples_per_probe", "sided", "rounds", "eps", "outlier", "example_clip", "objective")},
+    **{name: f"estimator.{name}" for name in ("examples_per_probe", "sided", "rounds", "first_rounds")},
+    **{name: f"estimator.{name}" for name in ("eps", "outlier", "example_clip", "objective")},
     "pacing": "pacing.kind",
     "tau": "pacing.tau",
     **{name: f"step.{name}" for name in ("lr", "half_life", "candidates", "accept")},

@@ -67,6 +67,7 @@ def register(app: typer.Typer) -> None:
         examples_per_probe: o.ExamplesPerProbe = None,
         sided: o.Sided = None,
         rounds: o.Rounds = None,
+        first_rounds: o.FirstRounds = None,
         eps: o.Eps = None,
         outlier: o.Outlier = None,
         example_clip: o.ExampleClip = None,

@@ -59,9 +59,13 @@ def found(config: TrainConfig, model_path: Path, source: Source, name: str, hook
 
 
 def _shared(config: TrainConfig, session: Session) -> TrainConfig:
-    """The configuration without what is this machine's own, and with the layers that were chosen here for everybody."""
+    """The configuration without what is this machine's own, and with the layers that were chosen here for everybody.
+
+    Devices measure whole answers only: every probe travels, and a result has one mean square.
+    """
     space = config.space.model_copy(update={"layers": (session.space.first_layer, session.space.last_layer)})
-    return config.model_copy(update={"space": space, "engine": EngineConfig(kv_type=config.engine.kv_type)})
+    estimator = config.estimator.model_copy(update={"first_rounds": 0})
+    return config.model_copy(update={"space": space, "estimator": estimator, "engine": EngineConfig(kv_type=config.engine.kv_type)})
 
 
 def _spec(config: TrainConfig, name: str, **fields: Any) -> RunSpec:

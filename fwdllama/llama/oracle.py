@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -20,7 +21,7 @@ from fwdllama.llama.model import Model
 from fwdllama.llama.packing import Need, packed
 from fwdllama.llama.pool import PromptPool, Unit
 from fwdllama.llama.prompts import fill
-from fwdllama.llama.row import Members, Moves, Row, kept_units, n_behind, rearranged, row_of, units_of
+from fwdllama.llama.row import Members, Moves, Row, kept_units, laid, n_behind, rearranged, row_of, units_of
 from fwdllama.llama.stack import Stack
 from fwdllama.llama.trunk import Below
 from fwdllama.loss import choice_nll, token_nll
@@ -194,8 +195,8 @@ class LlamaOracle:
         block, layer, rest = name.split(".", 2)
         return f"{block}.{int(layer) - first}.{rest}"
 
-    def losses(self, rows: Sequence[int] | None = None) -> Losses:
-        """Mean negative log-likelihood per target token, in nats, float64 (len(rows),)."""
+    def losses(self, rows: Sequence[int] | None = None, *, n_targets: int | None = None) -> Losses:
+        """Mean negative log-likelihood per target token, or per one of the first `n_targets`, in nats, float64 (len(rows),)."""
         chosen = [i for i, row in enumerate(self._rows) if row is not None] if rows is None else list(rows)
         if self.scope == "all":
             wanted = set(chosen)
@@ -203,9 +204,9 @@ class LlamaOracle:
             fill(self.context, prompts, states=self._states if self.trunk else None)
         found: dict[int, float] = {}
         apart = [[row] for row in sorted(set(chosen))]
-        for indices in packed(apart, self._need, self.context.options):
+        for indices in packed(apart, partial(self._need, n_targets=n_targets), self.context.options):
             group = [apart[i][0] for i in indices]
-            found.update(zip(group, self._group_losses(group), strict=True))
+            found.update(zip(group, self._group_losses(group, n_targets), strict=True))
         return np.array([found[r] for r in chosen], np.float64)
 
     def place(self, index: int, theta: NDArray[np.float32]) -> None:
@@ -215,24 +216,25 @@ class LlamaOracle:
         check_finite(values)
         self._stack.write(index, values)
 
-    def losses_beside(self, groups: Sequence[Sequence[int]]) -> list[Losses]:
+    def losses_beside(self, groups: Sequence[Sequence[int]], *, n_targets: int | None = None) -> list[Losses]:
         """As `losses` of each group's rows, with the theta of place i for groups[i]; what `write` wrote may be lost."""
         found: list[Losses] = []
-        for indices in packed(groups, self._need, self.context.options):
-            found += self._beside(indices[0], [groups[i] for i in indices])
+        for indices in packed(groups, partial(self._need, n_targets=n_targets), self.context.options):
+            found += self._beside(indices[0], [groups[i] for i in indices], n_targets)
         return found
 
-    def _beside(self, first: int, groups: list[Sequence[int]]) -> list[Losses]:
+    def _beside(self, first: int, groups: list[Sequence[int]], n_targets: int | None) -> list[Losses]:
         """Losses of groups that one decode can hold, with the thetas of the places from `first` on."""
         assert self._stack is not None
-        n_outputs = max(sum(self._need(row).n_outputs for row in group) for group in groups)
+        needs = [[self._need(row, n_targets) for row in group] for group in groups]
+        n_outputs = max(sum(need.n_outputs for need in group) for group in needs)
         has_room = not self._is_last_adapted or len(groups) * n_outputs <= self.context.options.n_outputs
         if len(groups) > 1 and self.n_places > 1 and has_room:
             rows = [row for group in groups for row in group]
-            n_tokens = len(groups[0]) * max(self._need(row).n_tokens for row in rows)
+            n_tokens = len(groups[0]) * max(need.n_tokens for group in needs for need in group)
             try:
                 with self._stack.beside(first, len(groups), n_tokens, n_outputs):
-                    losses = self._group_losses(rows, (len(groups), n_outputs) if self._is_last_adapted else None)
+                    losses = self._group_losses(rows, n_targets, (len(groups), n_outputs) if self._is_last_adapted else None)
             except EngineError as error:
                 log.info("probes are computed one after the other: %s", error)
                 self.n_places = 1
@@ -241,7 +243,7 @@ class LlamaOracle:
         found: list[Losses] = []
         for index, group in enumerate(groups, first):
             self.adapter.update(self._stack.values(index))
-            found.append(self.losses(group))
+            found.append(self.losses(group, n_targets=n_targets))
         return found
 
     def _row(self, index: int) -> Row:
@@ -250,34 +252,21 @@ class LlamaOracle:
             raise DataError(f"row {index} of the batch is empty.")
         return row
 
-    def _need(self, index: int) -> Need:
-        row = self._row(index)
+    def _need(self, index: int, n_targets: int | None = None) -> Need:
+        row = self._row(index).cut(n_targets)
         return Need(row.start, len(row.tokens), len(row.target))
 
-    def _group_losses(self, group: list[int], even: tuple[int, int] | None = None) -> list[float]:
+    def _group_losses(self, group: list[int], n_targets: int | None, even: tuple[int, int] | None = None) -> list[float]:
         """Losses of rows that one decode can hold; `even` is a number of equal parts, and the logits that each must ask for."""
-        width = max(len(self._row(r).tokens) for r in group)
-        shape = (len(group), width)
-        wants = np.zeros(shape, np.int8)
-        tokens = np.zeros((*shape, self.model.n_embd), np.float32) if self.trunk else np.zeros(shape, np.int32)
-        positions, sequences = np.empty(shape, np.int32), np.empty(shape, np.int32)
-        ramp = np.arange(width, dtype=np.int32)
-        for i, r in enumerate(group):
-            row = self._row(r)
-            tokens[i, : len(row.tokens)] = row.tokens
-            positions[i] = row.start + ramp
-            sequences[i] = r
-            wants[i, row.first : len(row.tokens)] = 1
-            self.context.forget(r, row.start)
-        if even:
-            for part in wants.reshape(even[0], -1):
-                part[np.flatnonzero(part == 0)[: even[1] - int(part.sum())]] = 1
-        place = np.cumsum(wants) - 1  # of each token's logits
-        logits = self.context.decode(tokens.reshape(shape[0] * shape[1], *tokens.shape[2:]), positions.ravel(), sequences.ravel(), wants.ravel())
+        rows = [self._row(index).cut(n_targets) for index in group]
+        for index, row in zip(group, rows, strict=True):
+            self.context.forget(index, row.start)
+        decode = laid(group, rows, even)
+        logits = self.context.decode(decode.tokens, decode.positions, decode.sequences, decode.wants)
         assert logits is not None
+        place, width = np.cumsum(decode.wants) - 1, len(decode.wants) // len(rows)  # place: of each token's logits
         losses = []
-        for i, r in enumerate(group):
-            row = self._row(r)
+        for i, row in enumerate(rows):
             start = int(place[i * width + row.first])
             mine = logits[start : start + len(row.target)]
             if len(row.choices):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,39 @@ class Row:
     first: int  # index in tokens of the one that predicts target[0]
     target: NDArray[np.int32]
     choices: NDArray[np.int32]
+
+    def cut(self, n_targets: int | None) -> Row:
+        """The row of its first `n_targets` target tokens alone, None: of all; what would only predict the others is not decoded."""
+        if n_targets is None or n_targets >= len(self.target):
+            return self
+        return replace(self, tokens=self.tokens[: self.first + n_targets], target=self.target[:n_targets])
+
+
+@dataclass(frozen=True)
+class Decode:
+    """What one decode is given for several sequences of one padded length, each array in the order of its tokens."""
+
+    tokens: NDArray[np.int32] | NDArray[np.float32]  # (n,), or (n, n_embd) at the entrance of a top
+    positions: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+    wants: NDArray[np.int8]  # whose logits are computed
+
+
+def laid(sequences: Sequence[int], rows: Sequence[Row], even: tuple[int, int] | None = None) -> Decode:
+    """Rows in the sequences given, shorter ones padded; `even` is a number of equal parts, and how many logits each of them must ask for."""
+    width = max(len(row.tokens) for row in rows)
+    shape = (len(rows), width)
+    tokens = np.zeros((*shape, *rows[0].tokens.shape[1:]), rows[0].tokens.dtype)
+    wants = np.zeros(shape, np.int8)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = row.tokens
+        wants[i, row.first : len(row.tokens)] = 1
+    if even:
+        for part in wants.reshape(even[0], -1):
+            part[np.flatnonzero(part == 0)[: even[1] - int(part.sum())]] = 1
+    positions = np.add.outer([row.start for row in rows], np.arange(width)).astype(np.int32)
+    flat: NDArray[np.int32] | NDArray[np.float32] = tokens.reshape(len(rows) * width, *tokens.shape[2:])
+    return Decode(flat, positions.ravel(), np.repeat(np.array(sequences, np.int32), width), wants.ravel())
 
 
 def row_of(example: Encoded) -> Row:

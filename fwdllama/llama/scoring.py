@@ -46,8 +46,14 @@ class ScoreOracle:
         """Put theta into the adapter."""
         self.oracle.write(theta)
 
-    def losses(self, rows: Sequence[int] | None = None) -> Losses:
-        """1 - F1 of each row's greedy answer against its target, 0 to 1, float64 (len(rows),)."""
+    def losses(self, rows: Sequence[int] | None = None, *, n_targets: int | None = None) -> Losses:
+        """1 - F1 of each row's greedy answer against its target, 0 to 1, float64 (len(rows),); there is none of a part of it.
+
+        Raises:
+            UsageError: `n_targets` was given.
+        """
+        if n_targets is not None:
+            raise UsageError("objective f1 scores whole answers only.")
         chosen = [i for i, e in enumerate(self._examples) if e is not None] if rows is None else list(rows)
         model = self.oracle.model
         result = []

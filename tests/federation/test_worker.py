@@ -63,13 +63,13 @@ def test_every_group_of_a_batch_is_used_before_the_next_and_all_data_in_the_end(
     places = []
     original = worker.oracle.losses
 
-    def seen(rows: Any = None) -> Any:
+    def seen(rows: Any = None, **how: Any) -> Any:
         batch = worker.batches.batch(worker.place.batch)[0]
         for row in rows:
             example = batch[row - len(worker.held_out)]
             assert example is not None
             used.add(example.prompt[0])
-        return original(rows)
+        return original(rows, **how)
 
     worker.oracle.losses = seen  # type: ignore[method-assign]
     for _ in range(12):

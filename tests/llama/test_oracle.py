@@ -98,6 +98,25 @@ def test_losses_are_those_of_the_model_worked_out_by_hand(oracle: LlamaOracle, b
         assert oracle.losses().tolist() == pytest.approx(expected(by_hand, oracle, theta, EXAMPLES), abs=NOISE)
 
 
+@pytest.mark.parametrize("n_targets", [1, 3, 99])
+def test_losses_of_the_first_target_tokens_are_those_of_examples_that_end_there(oracle: LlamaOracle, by_hand: TinyLlama, n_targets: int) -> None:
+    oracle.load(EXAMPLES)
+    theta = drawn(oracle, 1)
+    oracle.write(theta)
+    whole = oracle.losses()
+    cut = [replace(e, target=e.target[:n_targets]) for e in EXAMPLES]
+    assert oracle.losses(n_targets=n_targets).tolist() == pytest.approx(expected(by_hand, oracle, theta, cut), abs=NOISE)
+    assert oracle.losses().tolist() == pytest.approx(whole.tolist(), abs=NOISE)
+
+
+def test_of_first_target_tokens_no_more_is_decoded_than_predicts_them(model: Model) -> None:
+    with make(model, "answer") as oracle:
+        oracle.load(EXAMPLES)
+        before = oracle.context.n_decoded
+        oracle.losses([1], n_targets=1)
+        assert oracle.context.n_decoded - before == len(INVOCATION)
+
+
 def test_the_two_scopes_are_different_models_unless_there_is_no_prompt(model: Model) -> None:
     losses = []
     for scope in SCOPES:

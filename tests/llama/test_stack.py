@@ -81,6 +81,23 @@ def test_losses_beside_each_other_are_bit_equal_to_each_thetas_own(model: Model,
         assert oracle.n_places == N_PLACES
 
 
+def test_first_tokens_beside_each_other_are_each_thetas_own_and_need_no_more_than_their_share(model: Model) -> None:
+    groups = [[i] for i in range(N_PLACES)]
+    with make(model) as oracle:
+        thetas = drawn(oracle)
+        expected = []
+        for theta, rows in zip(thetas, groups, strict=True):
+            oracle.write(theta)
+            expected.append(float(oracle.losses(rows, n_targets=1)[0]))
+        before = oracle.context.n_decoded
+        for index, theta in enumerate(thetas):
+            oracle.place(index, theta)
+        found = [float(losses[0]) for losses in oracle.losses_beside(groups, n_targets=1)]
+        assert found == pytest.approx(expected, abs=1e-6)  # two columns are another kernel than eight for float32
+        assert oracle.context.n_decoded - before == N_PLACES * len(EXAMPLES[0].invocation)
+        assert min(abs(a - b[0]) for a, b in zip(expected, alone(oracle, thetas, groups), strict=True)) > 1e-3
+
+
 def test_a_decode_of_one_theta_afterwards_is_what_it_was_before_though_its_graph_may_be_used_again(model: Model) -> None:
     groups = [range(i * 2, (i + 1) * 2) for i in range(N_PLACES)]
     with make(model) as oracle:

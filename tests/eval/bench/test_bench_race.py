@@ -57,8 +57,8 @@ def test_replayed_losses_are_those_that_scoring_the_adapter_finds(
     curve, job = raced
     assert [len(curve), len(job.questions), job.n_threads] == [3, 6, 1]
     assert len({point.loss for point in curve}) == 3
-    # Each step: the batch of 4 x 2 at theta, each of it in two rounds of probes, and no test.
-    assert [point.passes for point in curve] == [0, 24, 48]
+    # Each step: the batch of 4 x 2 at theta, each of it in two rounds of probes and ten of its first token, and no test.
+    assert [point.passes for point in curve] == [0, 104, 208]
     adapter = bench.work / "run" / "adapter.gguf"
     best = int(read_adapter(adapter).metadata["fwdllama.run.step"])
     with open_engine(job.model, adapter_path=adapter, n_threads=1) as engine:
