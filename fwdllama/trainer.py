@@ -150,15 +150,13 @@ class Trainer:
         offset = len(self.held_out)
         own = [None] * offset + list(self._rows[offset:])
         groups = grouped(own, config.estimator.examples_per_probe, state.step)
-        self.oracle.write(self.theta)
         members = sorted(row for group in groups for row in group)
-        losses = np.full(len(self._rows), np.nan)
-        losses[members] = self.oracle.losses(members)
+        losses = self._losses(members)
         if not np.isfinite(losses[members]).all():
             raise EngineError(f"step {state.step}: the model's loss is not a number; lower --lr or check the model.")
         n_first = config.first_rounds * len(groups)
         whole = self._measured(groups, losses, self._pacing(len(groups)), fraction, more=n_first)
-        first = self._measured(groups, self._first_losses(members), Fixed(n_first), fraction, before=whole) if whole and n_first else None
+        first = self._measured(groups, self._losses(members, n_targets=1), Fixed(n_first), fraction, before=whole) if whole and n_first else None
         if whole is None or (n_first and first is None):
             return False
         lr = learning_rate(
@@ -215,11 +213,11 @@ class Trainer:
         self.on_progress(Progress(self.state, metrics, len(probes), len(probes), self.fraction()))
         return True
 
-    def _first_losses(self, rows: Sequence[int]) -> Losses:
-        """Losses at theta of the first target token of `rows`, by row."""
+    def _losses(self, rows: Sequence[int], *, n_targets: int | None = None) -> Losses:
+        """Losses at theta of whole answers, or of their first `n_targets` tokens, by row of the batch; NaN where a row is none of `rows`."""
         losses = np.full(len(self._rows), np.nan)
         self.oracle.write(self.theta)
-        losses[rows] = self.oracle.losses(rows, n_targets=1)
+        losses[rows] = self.oracle.losses(rows, n_targets=n_targets)
         return losses
 
     def _measured(
