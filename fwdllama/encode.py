@@ -65,7 +65,7 @@ class Encoder:
         self.model, self.template = model, template
         self.invocation = invocation_tokens(model, template)
         self._bos = (model.bos,) if model.adds_bos and not template.bos else ()
-        self._end = model.end_of_turn if template.name == "chat" else model.end
+        self._end = _ending(model, template)
         self._choices: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def question(self, example: Example) -> Encoded:
@@ -73,9 +73,9 @@ class Encoder:
         return Encoded(example.id, self._prompt(example), self.invocation, (), self._choice_tokens(example.choices))
 
     def example(self, example: Example) -> Encoded:
-        """The example with its target: the first answer and an end token, or the right label word's first token.
+        """The example with its target: the first answer and its end, or the right label word's first token.
 
-        The end is that of a text or, with a chat template, that of a turn.
+        The end is the template's, or the token for that of a text or, with a chat template, of a turn.
 
         Raises:
             DataError: it has no answer, or two label words cannot be told apart.
@@ -85,7 +85,7 @@ class Encoder:
         if choices:
             target: tuple[int, ...] = (choices[example.choices.index(text)],)
         else:
-            target = (*self._behind_invocation(text), self._end)
+            target = (*self._behind_invocation(text), *self._end)
         return Encoded(example.id, self._prompt(example), self.invocation, target, choices)
 
     def _prompt(self, example: Example) -> tuple[int, ...]:
@@ -144,6 +144,12 @@ def invocation_tokens(model: Tokenizer, template: Template) -> tuple[int, ...]:
 def _invocation(model: Tokenizer, segments: tuple[Segment, ...]) -> Iterator[int]:
     for segment in segments:
         yield from _behind_newline(model, segment.text, special=segment.special)
+
+
+def _ending(model: Tokenizer, template: Template) -> tuple[int, ...]:
+    if template.end is not None:
+        return tuple(_behind_newline(model, template.end))
+    return (model.end_of_turn if template.name == "chat" else model.end,)
 
 
 def _behind_newline(model: Tokenizer, text: str, *, special: bool = False) -> list[int]:

@@ -74,7 +74,7 @@ def test_a_seed_prompt_has_the_tokens_of_its_whole_text(model: Model) -> None:
     text = "### Context:\nThe cat sat.\n\nIt slept.\n\n### Question:\nwho sat?\n\n### Answer"
     assert list(encoded.prompt) == model.tokenize(text)
     assert list(encoded.invocation) == model.tokenize(":\n")
-    assert list(encoded.target) == [*model.tokenize("the cat"), END]
+    assert list(encoded.target) == [*model.tokenize("the cat"), *model.tokenize("\n")]
     assert encoded.id == "q1"
 
 
@@ -109,6 +109,17 @@ def test_tokens_spell_prompt_invocation_and_answer(model: Model, text: str) -> N
     assert spelled(model, encoded.invocation) == ":\n"
     assert spelled(model, encoded.target) == text.strip()
     assert encoded.target[-1] == model.end
+
+
+def test_an_answer_to_a_question_ends_with_a_newline_and_other_text_with_the_model_s_end(model: Model, sentencepiece: Model) -> None:
+    asked = Example("q", {"context": "It sat in a tree.", "question": "Where?"}, ("in a tree",))
+    for each in (model, sentencepiece):
+        answer = Encoder(each, seed_template("squad")).example(asked).target
+        assert spelled(each, answer).lstrip() == "in a tree\n"
+        assert each.end not in answer
+        assert spelled(each, answer[:-1]).lstrip() == "in a tree"
+        pair = Example("p", {"prompt": "Where?"}, ("in a tree",))
+        assert Encoder(each, seed_template("pairs")).example(pair).target == (*answer[:-1], each.end)
 
 
 def test_a_model_that_wants_bos_gets_one_and_no_spaces_are_put_inside_the_text(sentencepiece: Model) -> None:

@@ -22,7 +22,7 @@ from .curve import Curve, Point, asking, fastest, reached_s
 from .measure import Bar, Bench, Item, Measured
 from .runs import SHORT, trained
 
-LOSSES = (1.6, 1.45, 1.32, 1.2, 1.1)  # nats per answer token; the third is the bar's
+LOSSES = (1.6, 1.45, 1.32, 1.2, 1.1, 1.0)  # nats per answer token; the third is the bar's
 GOAL = 1.32
 RATES = (1e-3, 3e-3, 1e-2)
 SECONDS = 150.0  # for each rate
