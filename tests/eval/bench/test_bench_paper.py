@@ -65,11 +65,11 @@ def test_windows_that_llama_cpp_would_lengthen_are_refused_before_anything_is_lo
 
 
 def test_rows_tell_where_each_loss_was_reached_first() -> None:
-    curve = [Point(0.0, 4.0), Point(10.0, 1.5, 100), Point(20.0, 1.7, 200), Point(30.0, 1.3, 300)]
+    curve = [Point(0.0, 4.0), Point(10.0, 1.5, 100), Point(20.0, 1.7, 200), Point(30.0, 1.05, 300)]
     row = paper.row_of(curve, 5, {"f1": 1.0, "exact_match": 2.0, "loss": 3.0})
-    assert row["seconds_to"] == {"1.6": 10.0, "1.32": 30.0, "1.1": None}
-    assert row["passes_to"] == {"1.6": 100, "1.32": 300, "1.1": None}
-    assert (row["best_loss"], row["passes"], row["memory_bytes"]) == (1.3, 300, 5)
+    assert row["seconds_to"] == {"1.6": 10.0, "1.32": 30.0, "1.1": 30.0}
+    assert row["passes_to"] == {"1.6": 100, "1.32": 300, "1.1": 300}
+    assert (row["best_loss"], row["passes"], row["memory_bytes"]) == (1.05, 300, 5)
     assert reached(curve, 1.0) is None
     rows = {"forward-only, answer": row, "torch, answer": {**row, "memory_bytes": 10, "seconds_to": {"1.1": 15.0}}}
     assert paper.headline(rows)["memory_ratio"] == 0.5
