@@ -71,6 +71,7 @@ def test_rows_tell_where_each_loss_was_reached_first() -> None:
     assert row["passes_to"] == {"1.6": 100, "1.32": 300, "1.1": 300}
     assert (row["best_loss"], row["passes"], row["memory_bytes"]) == (1.05, 300, 5)
     assert reached(curve, 1.0) is None
+    assert paper.row_of(curve[:3], 5, {"f1": 1.0, "exact_match": 2.0})["seconds_to"] == {"1.6": 10.0, "1.32": None, "1.1": None}
     rows = {"forward-only, answer": row, "torch, answer": {**row, "memory_bytes": 10, "seconds_to": {"1.1": 15.0}}}
     assert paper.headline(rows)["memory_ratio"] == 0.5
     assert paper.headline(rows)["time_ratio"] == 2.0
