@@ -14,6 +14,7 @@ from fwdllama.errors import UsageError
 from fwdllama.space import MODULES
 
 FIRST_ROUNDS = 10  # unless said otherwise
+WARMUP_ROUNDS = (1, 1, 2, 2, 4, 4)  # of the first steps
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -58,6 +59,7 @@ class EstimatorConfig(Section):
     outlier: PositiveFloat = 1.5  # times the batch's mean loss, from where on an example counts ever less
     example_clip: PositiveFloat = 2.0  # times the median example's root mean square slope, from where on an example's slopes are scaled down
     objective: Literal["nll", "f1"] = "nll"
+    vocabulary: Literal["data", "whole"] = "data"  # tokens that a loss weighs an answer's against, where lower layers are computed apart
 
 
 class PacingConfig(Section):
@@ -74,7 +76,8 @@ class StepConfig(Section):
     lr: PositiveFloat = 0.0075  # of the step that would be best for one probe alone; the others of the step add to it, and most noise stays
     half_life: Positive = 10000  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
-    accept: bool = False  # test each step on fresh examples, as the first always is; halve or reject it where it is clearly worse
+    accept: bool = False  # test each step on fresh examples, as the first is without warm-up; halve or reject it where it is clearly worse
+    warmup: bool = True  # begin with steps of few probes, each long for it: twice as fast to what an untrained model learns first
     candidates: Positive = 1  # 1: uniform sampling of seeds; more: the best aligned of so many
 
 
@@ -155,16 +158,31 @@ class TrainConfig(Section):
             return self.estimator.first_rounds
         return FIRST_ROUNDS if self.space.scope == "answer" and self.estimator.objective == "nll" else 0
 
-    def most_steps(self, n_slots: int) -> int | None:
-        """The most steps that the budget has room for, None where it is limited by time alone; every step has `fewest_rounds` probes of each group
-        of its examples, of which there are `n_slots` at least.
+    @property
+    def warmup(self) -> tuple[int, ...]:
+        """Rounds of the first steps, as far as they are fewer than the usual ones; those steps share the first batch.
 
-        >>> budgets = {"probes": 100}, {"steps": 9, "probes": 1000}, {"seconds": 9}
-        >>> [TrainConfig(budget=BudgetConfig(**budget)).most_steps(8) for budget in budgets]
-        [1, 7, None]
+        At first all examples want the same, and a few probes know it well; many of them add up to a step in that one direction that is far too
+        long for its curvature, unless each is short (LOG.md).
+        """
+        if not self.step.warmup or self.pacing.kind != "fixed":
+            return ()
+        return tuple(rounds for rounds in WARMUP_ROUNDS if rounds < self.estimator.rounds)
+
+    def batch_of(self, step: int) -> int:
+        """The number of the batch of a step."""
+        return max(0, step - len(self.warmup))
+
+    def last_batch(self, n_slots: int) -> int | None:
+        """The number of the last batch that the budget has room for, None where it is limited by time alone; every step but the first has
+        `fewest_rounds` probes of each group of its examples, of which there are `n_slots` at least.
+
+        >>> budgets = {"probes": 100}, {"steps": 19, "probes": 1000}, {"steps": 9}, {"seconds": 9}
+        >>> [TrainConfig(budget=BudgetConfig(**budget)).last_batch(8) for budget in budgets]
+        [1, 7, 3, None]
         """
         n_probes = (self.fewest_rounds + self.first_rounds) * -(-n_slots // self.estimator.examples_per_probe)
-        limits = [] if self.budget.steps is None else [self.budget.steps]
+        limits = [] if self.budget.steps is None else [self.batch_of(self.budget.steps)]
         if self.budget.probes is not None:
             limits.append(-(-self.budget.probes // n_probes))
         return min(limits, default=None)

@@ -80,13 +80,20 @@ class Encoder:
         Raises:
             DataError: it has no answer, or two label words cannot be told apart.
         """
-        text = self.template.target(example)
         choices = self._choice_tokens(example.choices)
-        if choices:
-            target: tuple[int, ...] = (choices[example.choices.index(text)],)
-        else:
-            target = (*self._behind_invocation(text), *self._end)
+        target = (choices[example.choices.index(self.template.target(example))],) if choices else self._target(example)
         return Encoded(example.id, self._prompt(example), self.invocation, target, choices)
+
+    def _target(self, example: Example) -> tuple[int, ...]:
+        return (*self._behind_invocation(self.template.target(example)), *self._end)
+
+    def targets(self, example: Example) -> tuple[int, ...]:
+        """The tokens that a loss of the example looks at: its target, or all label words.
+
+        Raises:
+            DataError: as for `example`.
+        """
+        return self._choice_tokens(example.choices) or self._target(example)
 
     def _prompt(self, example: Example) -> tuple[int, ...]:
         return (*self._bos, *segment_tokens(self.model, self.template.render(example)))

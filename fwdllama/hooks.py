@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fwdllama.trainer import Progress
+from fwdllama.progress import Progress
 from fwdllama.types import Staged
 
 

@@ -18,6 +18,7 @@ from fwdllama.models import default_cache_dir
 from fwdllama.space import Space, build_space
 from fwdllama.types import Encoded
 from gguf_tools.model import ModelInfo
+from gguf_tools.split import can_be_cut
 
 ACTIVATION_EXAMPLES = 40  # any 40; the 8 shortest, about 80 answer tokens, gave a much worse A (LOG.md)
 
@@ -39,6 +40,11 @@ def space_of(config: TrainConfig, info: ModelInfo) -> Space:
         train=wanted.train,
         seed=config.seed,
     )
+
+
+def is_cut(config: TrainConfig, info: ModelInfo, first: int) -> bool:
+    """Whether the layers below `first` are to be computed once an example, apart from those above, and the model's file allows it."""
+    return config.engine.trunk and config.estimator.objective == "nll" and first > 0 and can_be_cut(info, first)
 
 
 def informed(

@@ -21,13 +21,14 @@ from fwdllama.llama.trunk import Below, Parts, Trunk, cut
 from fwdllama.material import Material
 from fwdllama.memory import Shape
 from fwdllama.models import default_cache_dir
+from fwdllama.shortlist import Shortlist
 from fwdllama.types import Encoded
 from gguf_tools.model import read_model_info
 from gguf_tools.split import slices
 
 
-def parts_of(config: TrainConfig, model_path: Path, sha256: str, first: int) -> Parts | None:
-    """The model's parts; None where every probe computes all layers.
+def parts_of(config: TrainConfig, model_path: Path, sha256: str, first: int, shortlist: Shortlist | None = None) -> Parts | None:
+    """The model's parts, with the logits of `shortlist` alone (None: of all tokens); None where every probe computes all layers.
 
     Raises:
         FileError: the run is to be staged, and the model cannot be cut.
@@ -45,7 +46,7 @@ def parts_of(config: TrainConfig, model_path: Path, sha256: str, first: int) -> 
         )
     if staged:
         slices(read_model_info(model_path), first, first)
-    parts = cut(model_path, sha256, first, default_cache_dir(), trunk=not staged)
+    parts = cut(model_path, sha256, first, default_cache_dir(), trunk=not staged, shortlist=shortlist)
     if staged and parts is None:
         raise EngineError(
             f"{model_path} cannot be cut at layer {first} with this build of llama.cpp or in this cache folder, so training cannot be staged."
@@ -85,7 +86,7 @@ class Lower:
             self.shape.unit_size,
         )
         with StateStore(self._folder, self.parts.first, info.n_embd, half=self.config.half) as store:
-            drawn = material.batches.through(None if endless else self.config.most_steps(material.batches.n_slots))
+            drawn = material.batches.through(None if endless else self.config.last_batch(material.batches.n_slots))
             units = [Unit.of(unit) for unit in (*material.watched(), *drawn, *([e] for e in sampled))]
             missing = store.missing(units)
             if missing:

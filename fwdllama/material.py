@@ -11,8 +11,10 @@ from pathlib import Path
 from fwdllama.batches import EncodedUnits, RollingBatches, groups_of, shuffled
 from fwdllama.config import TrainConfig
 from fwdllama.encode import Encoder, model_template
+from fwdllama.layout import is_cut, space_of
 from fwdllama.llama.model import Tokenizer
 from fwdllama.memory import MIN_OUTPUTS, Shape
+from fwdllama.shortlist import Shortlist, shortlisted
 from fwdllama.tasks import Kind
 from fwdllama.tasks.load import load_dataset, split_by_group
 from fwdllama.types import Dataset, Encoded
@@ -43,7 +45,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Material:
-    """What a run trains on and watches; `sample` are some examples, a unit each, that fit."""
+    """What a run trains on and watches; `sample` are some examples, a unit each, that fit; `shortlist` the tokens that losses look at, None:
+    all, as where the model is not cut.
+    """
 
     units: EncodedUnits
     batches: RollingBatches
@@ -51,6 +55,7 @@ class Material:
     sample: list[Encoded]
     invocation: tuple[int, ...]
     shape: Shape
+    shortlist: Shortlist | None
 
     def watched(self) -> list[list[Encoded]]:
         """The held-out examples by unit, as their rows stand."""
@@ -85,9 +90,13 @@ def material(config: TrainConfig, dataset: Dataset, source: str, tokenizer: Toke
         seed=config.seed,
     )
     held_out = _held_out_rows(EncodedUnits(watched_groups, encoder.example, n_ctx, source, n_outputs), config)
-    shape = Shape(n_ctx, len(held_out) + batches.n_slots * unit_size, unit_size, n_outputs)
+    info = tokenizer.info
+    of_data = config.estimator.vocabulary == "data" and is_cut(config, info, space_of(config, info).first_layer)
+    chosen = shortlisted(encoder, dataset.examples, tokenizer.n_vocab) if of_data else None
+    n_logits = None if chosen is None else len(chosen)
+    shape = Shape(n_ctx, len(held_out) + batches.n_slots * unit_size, unit_size, n_outputs, n_logits)
     fitting = [e for e in sample if e.n_tokens <= n_ctx] or [e for e in batches.batch(0)[0] if e is not None]
-    return Material(units, batches, held_out, fitting, encoder.invocation, shape)
+    return Material(units, batches, held_out, fitting, encoder.invocation, shape, chosen)
 
 
 def _fitting(lengths: list[int], most: int) -> int:

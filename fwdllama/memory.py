@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fwdllama.config import TrainConfig
-from fwdllama.layout import space_of
+from fwdllama.layout import is_cut, space_of
 from fwdllama.llama.activation import MAX_TOKENS
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import ModelOptions
 from fwdllama.loss import VALUES_AT_ONCE
+from fwdllama.shortlist import expected_size
 from fwdllama.space import Space
 from gguf_tools.graph import EXACT_KV_TYPES
 from gguf_tools.model import ModelInfo
 from gguf_tools.plan import Item, Part, Sizes, context_items, model_items, vocabulary_bytes
-from gguf_tools.split import can_be_cut, slices
+from gguf_tools.split import slices
 
 EXAMPLES_BYTES = 12 << 20  # of 4,000 SQuAD questions as Python holds them, with the tokens of those that were drawn
 SPACE_COPIES = 5  # of A and B: llama.cpp's, the adapter's, the chosen A, the initial adapter, its file while it is loaded
@@ -66,20 +67,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a training run's data decide: tokens and number of sequences, the size of a unit, logits rows."""
+    """What a training run's data decide: tokens and number of sequences, the size of a unit, logits rows, and tokens that have logits (None: all)."""
 
     n_ctx: int
     n_seq: int
     unit_size: int
     n_outputs: int = MIN_OUTPUTS
+    n_logits: int | None = None
 
     @classmethod
-    def expected(cls, config: TrainConfig, n_ctx: int, unit_size: int | None = None) -> Shape:
-        """As data with `unit_size` questions on each paragraph will have it, None for enough of them; what is held out is whole paragraphs."""
+    def expected(cls, config: TrainConfig, n_ctx: int, n_vocab: int, unit_size: int | None = None) -> Shape:
+        """As data with `unit_size` questions on each paragraph, None for enough of them, will have it with a vocabulary of `n_vocab` tokens.
+
+        What is held out is whole paragraphs.
+        """
         batch = config.batch
         size = min(batch.per_unit, unit_size or batch.per_unit)
         n_seq = -(-batch.held_out // size) * size + max(1, batch.units * batch.per_unit // size) * size
-        return cls(n_ctx, n_seq, size, max(MIN_OUTPUTS, n_seq))
+        n_logits = expected_size(n_vocab) if config.estimator.vocabulary == "data" else None
+        return cls(n_ctx, n_seq, size, max(MIN_OUTPUTS, n_seq), n_logits)
 
 
 def engine_options(*, batch: int, n_ctx: int, n_threads: int, kv_type: str = "f16") -> ContextOptions:
@@ -109,15 +115,15 @@ def evaluation(info: ModelInfo, options: ContextOptions, weights: ModelOptions, 
     items = [
         *model_items(whole, "the model", mmap=weights.mmap, repack=weights.repack),
         *context_of(options, whole, "the model", lora_rank=lora_rank),
-        _losses(info),
+        _losses(info.n_vocab),
         Item("examples and their tokens", EXAMPLES_BYTES),
     ]
     return Plan((Phase("answering", tuple(items)),))
 
 
-def _losses(info: ModelInfo) -> Item:
-    """`fwdllama.loss.token_nll`: exponentials of some logits."""
-    return Item("losses from logits", 4 * max(info.n_vocab, VALUES_AT_ONCE))
+def _losses(n_logits: int) -> Item:
+    """`fwdllama.loss.token_nll`: exponentials of some logits, of so many tokens."""
+    return Item("losses from logits", 4 * max(n_logits, VALUES_AT_ONCE))
 
 
 def training_options(config: TrainConfig, shape: Shape, n_threads: int) -> ContextOptions:
@@ -139,9 +145,8 @@ def training(info: ModelInfo, config: TrainConfig, shape: Shape) -> Plan:
     space = space_of(config, info)
     engine, first = config.engine, space.first_layer
     options = training_options(config, shape, 1)
-    cut = engine.trunk and config.estimator.objective == "nll" and first > 0 and can_be_cut(info, first)
-    whole = Part.whole(info)
-    top = Part.bare(info, first, info.n_layers) if cut else whole
+    cut = is_cut(config, info, first)
+    top = Part.bare(info, first, info.n_layers, shape.n_logits) if cut else Part.whole(info)
     label = f"layers {first} to {info.n_layers - 1}" if cut else "the model"
     vocabulary = Item("vocabulary", vocabulary_bytes(info))
     weights = model_items(top, label, mmap=engine.mmap, repack=engine.repack)
@@ -161,7 +166,7 @@ def training(info: ModelInfo, config: TrainConfig, shape: Shape) -> Plan:
     trained = [
         *context_of(options, top, label, lora_rank=space.rank),
         *([Item(f"values between the parts, of {shape.n_seq} examples", shape.n_seq * n_kept * info.n_embd * 4)] if cut else []),
-        _losses(info),
+        _losses(top.info.n_vocab),
         _theta(space, config),
     ]
     phases.append(Phase("training", (*held, *trained)))

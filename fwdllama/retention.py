@@ -29,8 +29,8 @@ def retained(
 ) -> PromptPool | None:
     """The pool of a run; None where prompts depend on theta, nothing may be kept, or the budget ends before a unit returns."""
     limit, n_units = config.engine.keep_prompts_bytes, len(batches.units)
-    n_steps = config.most_steps(batches.n_slots)
-    few = n_steps is not None and batches.n_slots + batches.fresh * n_steps <= n_units
+    last = config.last_batch(batches.n_slots)
+    few = last is not None and batches.n_slots + batches.fresh * last <= n_units
     if limit is None or config.space.scope == "all" or few:
         return None
     identity = {

@@ -19,7 +19,7 @@ from fwdllama.calibration import Calibration, calibrate, measure
 from fwdllama.checkpoint import RunDirectory, State
 from fwdllama.config import TrainConfig
 from fwdllama.hooks import Hooks
-from fwdllama.layout import ACTIVATION_EXAMPLES, informed, space_of
+from fwdllama.layout import ACTIVATION_EXAMPLES, informed, is_cut, space_of
 from fwdllama.llama.model import Model, ModelOptions, Tokenizer
 from fwdllama.llama.oracle import LlamaOracle
 from fwdllama.llama.scoring import ScoreOracle
@@ -31,10 +31,11 @@ from fwdllama.material import Source, material
 from fwdllama.memory import Shape, to_load, training, training_options
 from fwdllama.models import default_cache_dir
 from fwdllama.oracle import LossOracle
+from fwdllama.progress import Clock
 from fwdllama.retention import retained
 from fwdllama.space import Space
 from fwdllama.surroundings import peak_memory_bytes
-from fwdllama.trainer import Clock, Trainer
+from fwdllama.trainer import Trainer
 from fwdllama.types import Encoded
 from gguf_tools.adapter import BASE_KEY, Adapter, write_adapter
 from gguf_tools.model import ModelInfo, file_sha256, read_model_info
@@ -173,9 +174,10 @@ def opened(
         weights = ModelOptions(mmap=engine.mmap, repack=engine.repack, n_gpu_layers=engine.n_gpu_layers)
         check_memory(model_path, training(info, config, Shape(config.batch.n_ctx or CELLS, 1, 1)).peak.items)
         sha256 = file_sha256(model_path, default_cache_dir())
-        parts = parts_of(config, model_path, sha256, space.first_layer)
-        words = resources.enter_context(Tokenizer(model_path) if parts else Model(model_path, weights))
+        apart = is_cut(config, info, space.first_layer)
+        words = resources.enter_context(Tokenizer(model_path) if apart else Model(model_path, weights))
         made = material(config, dataset, str(source.path), words)
+        parts = parts_of(config, model_path, sha256, space.first_layer, made.shortlist)
         options = training_options(config, made.shape, engine.n_threads or default_threads())
         check_memory(model_path, to_load(info, config, made.shape))
         data_sha256 = file_sha256(source.path)
@@ -184,14 +186,25 @@ def opened(
         if parts:
             lower = Lower(config, parts, f"{sha256} {data_sha256}", options, weights, made.shape)
             below = resources.enter_context(lower.opened(made, sampled, hooks, endless=endless))
-        model = words if isinstance(words, Model) else resources.enter_context(Model(lower.parts.top, weights, needs_vocabulary=False))
+            model = resources.enter_context(Model(parts.top, weights, needs_vocabulary=False))
+        else:
+            model = words if isinstance(words, Model) else resources.enter_context(Model(model_path, weights))
         if a is not None:
             space = replace(space, a=a)
         elif sampled:
             space = informed(space, config, sha256, model, options, sampled, below, hooks.on_event)
         pool = retained(config, made.batches, options, weights, sha256=sha256, first=below.first if below else 0, data_sha256=data_sha256)
         oracle = resources.enter_context(
-            LlamaOracle(model, space, config.space.scope, options, trunk=below, pool=pool, n_places=config.n_places)
+            LlamaOracle(
+                model,
+                space,
+                config.space.scope,
+                options,
+                trunk=below,
+                shortlist=parts.shortlist if parts else None,
+                pool=pool,
+                n_places=config.n_places,
+            )
         )
         losses: LossOracle = ScoreOracle(oracle) if config.estimator.objective == "f1" else oracle
         hooks.on_event(

@@ -98,7 +98,7 @@ class Setting:
         n_ctx = min(info.context_length, self.n_ctx or (EVAL_CTX if task == "eval" else TRAIN_CTX))
         if task == "train":
             config = self.config(info)
-            return training(info, config, Shape.expected(config, n_ctx, self.unit_size))
+            return training(info, config, Shape.expected(config, n_ctx, info.n_vocab, self.unit_size))
         options = engine_options(batch=self.batch, n_ctx=n_ctx, n_threads=1, kv_type=self.kv_type)
         return evaluation(info, options, ModelOptions(mmap=self.mmap, repack=self.repack))
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from fwdllama.direction import Bits, each_packed, unpack
 from fwdllama.estimator import Probe
 
+WARMUP_LENGTH, WARMUP_EXPONENT = 0.7, 0.75  # chosen by losses within 20 s (LOG.md); an exponent of 1 would make all steps equally long
+
 
 @dataclass(frozen=True)
 class StepState:
@@ -125,6 +127,15 @@ def learning_rate(lr: float, *, fraction: float, final: float, n_probes: int, ha
     0.125
     """
     return lr * ((1 - (1 - final) * fraction) / (1 + n_probes / half_life))
+
+
+def warmup_factor(share: float) -> float:
+    """What the rate is multiplied with in one of the first steps, which has a `share` of the usual probes.
+
+    >>> round(warmup_factor(1 / 8), 2)
+    3.33
+    """
+    return float(WARMUP_LENGTH * share**-WARMUP_EXPONENT)
 
 
 def combined(bits: Iterable[Bits], coefficients: Sequence[float] | NDArray[np.float32], n_params: int) -> NDArray[np.float32]:

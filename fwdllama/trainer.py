@@ -2,16 +2,15 @@
 
 One step in nine sentences: the batch's rolling part is replaced; the unperturbed losses are taken once; groups of examples are drawn;
 every probe writes theta + eps z and asks one group's loss; more probes ask for that of the answers' first tokens alone; slopes are
-centred and clipped, those of each group and all; coefficients follow from their size alone; the next batch is loaded, and the first
-step, others on request, tested on what is new in it; what is kept goes into the ledger.
+centred and clipped, those of each group and all; coefficients follow from their size alone; the next batch is loaded, and a first step
+without warm-up, others on request, tested on what is new in it; what is kept goes into the ledger.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,34 +23,15 @@ from fwdllama.estimator import Probe, centred_slopes, evaluate
 from fwdllama.ledger import Entry
 from fwdllama.oracle import Losses, LossOracle
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
+from fwdllama.progress import Clock, Progress
 from fwdllama.sampler import Sampler
-from fwdllama.step import Measured, combined, learning_rate
+from fwdllama.step import Measured, combined, learning_rate, warmup_factor
 from fwdllama.types import Encoded
 
 FIRST_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)  # powers of two, so that scaled coefficients stay exact
+WARMUP_FACTORS = (1.0, 0.5, 0.25)
 # Standard errors. A test on eight examples, two paragraphs, is heavy-tailed: at two, one step in six was rejected, and runs ended 0.2 nats worse.
 CLEARLY_WORSE = 4.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a display may show at any moment; `step_probes` of `step_wanted` probes of the current step are done."""
-
-    state: State
-    metrics: dict[str, Any] | None  # the row just recorded, None within a step
-    step_probes: int
-    step_wanted: int
-    fraction: float
-
-
-@dataclass
-class Clock:
-    """Wall clock and engine time of this process; `decode_s` counts what was spent inside the model. Replaceable in tests."""
-
-    now: Callable[[], float] = time.monotonic
-    decode_s: Callable[[], float] = lambda: 0.0
-    n_tokens: Callable[[], int] = lambda: 0
-    peak_memory_bytes: Callable[[], int] = lambda: 0
 
 
 @dataclass
@@ -69,6 +49,7 @@ class Trainer:
     stop: Callable[[], bool] = lambda: False
     rest: Callable[[], None] = lambda: None  # called between probes; may wait, which is no time of training
     _update: NDArray[np.float32] | None = None
+    _ahead: Losses | None = None  # at theta, by row of the batch, where the step before found them out
     _rested_s: float = 0.0
 
     def run(self) -> State:
@@ -123,7 +104,7 @@ class Trainer:
 
     def _load(self, step: int) -> list[int]:
         """Put the batch of `step` behind the held-out rows; returns the rows that are new in it."""
-        rows, new = self.batches.batch(step)
+        rows, new = self.batches.batch(self.config.batch_of(step))
         self._rows = [*self.held_out, *rows]
         self.oracle.load(self._rows)
         return [len(self.held_out) + row for row in new]
@@ -135,10 +116,16 @@ class Trainer:
             raise EngineError(f"step {self.state.step}: the held-out loss is not a number; lower --lr or check the model.")
         return loss
 
+    @property
+    def _rounds(self) -> int:
+        """Directions for each group of examples in this step, where their number is fixed."""
+        warmup = self.config.warmup
+        return warmup[self.state.step] if self.state.step < len(warmup) else self.config.estimator.rounds
+
     def _pacing(self, n_groups: int) -> Pacing:
-        pacing, rounds = self.config.pacing, self.config.estimator.rounds
+        pacing = self.config.pacing
         if pacing.kind == "fixed":
-            return Fixed(rounds * n_groups)
+            return Fixed(self._rounds * n_groups)
         return VarianceGate(pacing.tau, self.config.fewest_rounds * n_groups, pacing.max_rounds * n_groups)
 
     def _step(self) -> bool:
@@ -151,10 +138,12 @@ class Trainer:
         own = [None] * offset + list(self._rows[offset:])
         groups = grouped(own, config.estimator.examples_per_probe, state.step)
         members = sorted(row for group in groups for row in group)
-        losses = self._losses(members)
+        losses = self._losses(members) if self._ahead is None else self._ahead
+        self._ahead = None
         if not np.isfinite(losses[members]).all():
             raise EngineError(f"step {state.step}: the model's loss is not a number; lower --lr or check the model.")
-        n_first = config.first_rounds * len(groups)
+        share = self._rounds / config.estimator.rounds  # below 1 in the warm-up
+        n_first = math.ceil(config.first_rounds * share) * len(groups)
         whole = self._measured(groups, losses, self._pacing(len(groups)), fraction, more=n_first)
         first = self._measured(groups, self._losses(members, n_targets=1), Fixed(n_first), fraction, before=whole) if whole and n_first else None
         if whole is None or (n_first and first is None):
@@ -166,11 +155,13 @@ class Trainer:
             n_probes=state.n_probes,
             half_life=config.step.half_life,
         )
+        if share < 1:
+            lr *= warmup_factor(share)
         parts = [whole, first] if first else [whole]
         values = np.concatenate([part.coefficients(lr, config.estimator.examples_per_probe) for part in parts])
         probes = [probe for part in parts for probe in part.probes]
         update = combined([probe.bits for probe in probes], values, self.theta.size)
-        factor = self._tested(update)
+        factor = self._tried(update, members, losses) if share < 1 else self._tested(update)
         values *= np.float32(factor)
         update *= np.float32(factor)
         self.theta = self.theta - update
@@ -182,7 +173,7 @@ class Trainer:
             n_probes=state.n_probes + len(probes),
             mean_square=whole.mean_square,
             first_mean_square=first.mean_square if first else state.first_mean_square,
-            lr_scale=_next_scale(state.lr_scale, factor, first=state.step == 0),
+            lr_scale=_next_scale(state.lr_scale, factor, first=state.step == len(config.warmup) == 0),
         )
         held_out = None
         last = self.fraction(after) >= 1.0
@@ -213,10 +204,12 @@ class Trainer:
         self.on_progress(Progress(self.state, metrics, len(probes), len(probes), self.fraction()))
         return True
 
-    def _losses(self, rows: Sequence[int], *, n_targets: int | None = None) -> Losses:
-        """Losses at theta of whole answers, or of their first `n_targets` tokens, by row of the batch; NaN where a row is none of `rows`."""
+    def _losses(self, rows: Sequence[int], theta: NDArray[np.float32] | None = None, *, n_targets: int | None = None) -> Losses:
+        """Losses of whole answers, or of their first `n_targets` tokens, at `theta`, None: where training is; by row of the batch, NaN where a row
+        is none of `rows`.
+        """
         losses = np.full(len(self._rows), np.nan)
-        self.oracle.write(self.theta)
+        self.oracle.write(self.theta if theta is None else theta)
         losses[rows] = self.oracle.losses(rows, n_targets=n_targets)
         return losses
 
@@ -250,6 +243,19 @@ class Trainer:
             wanted = pacing.wanted(slopes)
         mean_square = state.first_mean_square if before else state.mean_square
         return Measured.of(probes, slopes, wanted, mean_square, estimator.example_clip)
+
+    def _tried(self, update: NDArray[np.float32], rows: Sequence[int], losses: Losses) -> float:
+        """The factor to take a step of the warm-up with: the first of WARMUP_FACTORS that lowers the batch's own losses, which the next step needs.
+
+        How far such a step may go depends on how much the examples agree, and nothing is known of that before the first.
+        """
+        self._load(self.state.step + 1)
+        for factor in WARMUP_FACTORS:
+            ahead = self._losses(rows, self.theta - np.float32(factor) * update)
+            if ahead[rows].mean() < losses[rows].mean():
+                self._ahead = ahead
+                return factor
+        return 0.0
 
     def _tested(self, update: NDArray[np.float32]) -> float:
         """Load the next batch and try the step on the examples that are new in it: the factor to take it with.

@@ -66,13 +66,16 @@ class Part:
         return cls(info, 0, info.n_layers)
 
     @classmethod
-    def bare(cls, info: ModelInfo, first: int, last: int) -> Part:
-        """Layers without a vocabulary: of the matrices of its size they have the output, and that only where they are the last ones."""
+    def bare(cls, info: ModelInfo, first: int, last: int, n_logits: int | None = None) -> Part:
+        """Layers without a vocabulary: of the matrices of its size they have the output, and that only where they are the last ones.
+
+        `n_logits` are the tokens that the output is kept of, None: all.
+        """
         outer = {"token_embd.weight", "output.weight", "output.bias"}
         tensors = {name: entry for name, entry in cls(info, first, last).tensors.items() if name not in outer}
-        n_vocab = info.n_vocab if last == info.n_layers else N_UNNAMED
-        output = info.tensors.get("output.weight", info.tensors["token_embd.weight"])
-        tensors["token_embd.weight"] = output if last == info.n_layers else ((N_UNNAMED, info.n_embd), "F32")
+        n_vocab = n_logits or info.n_vocab if last == info.n_layers else N_UNNAMED
+        _, kind = info.tensors.get("output.weight", info.tensors["token_embd.weight"])
+        tensors["token_embd.weight"] = (n_vocab, info.n_embd), kind if last == info.n_layers else "F32"
         bare = replace(info, n_vocab=n_vocab, n_merges=0, tied_embeddings=True, tensors=tensors)
         return cls(bare, first, last, has_texts=False)
 

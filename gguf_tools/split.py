@@ -10,32 +10,29 @@ room for a part of it only, and pages of a mapped file would count as memory of 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
-from numpy.typing import NDArray
 
 from gguf_tools.errors import FileError
 from gguf_tools.header import MODEL_LIMITS, Array, Header, TensorEntry, parse_header
 from gguf_tools.mapping import mapped
 from gguf_tools.model import NO_VOCABULARY, ModelInfo, model_info, read_model_info
 from gguf_tools.output import Progress, new_file
+from gguf_tools.pieces import Source, unreadable, zeros
 from gguf_tools.stream import OutTensor, check_room, elements, metadata_of, write_tensors
 
 Path_ = str | os.PathLike[str]
 Vocabulary = Literal["kept", "none"]
 
-_EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
+_EMBEDDINGS, _OUTPUT, _BIAS = "token_embd.weight", "output.weight", "output.bias"
 N_UNNAMED = 32  # of a part that is fed no tokens and gives no logits; llama.cpp wants embeddings
-_PIECE_BYTES = 1 << 22
 # After how many layers an architecture repeats itself (sliding windows, layers without rotation): only a multiple of
 # that can be cut off the front without changing what the remaining layers compute. Architectures not listed are not
 # known.
@@ -80,6 +77,7 @@ def extract_layers(
     last: int,
     *,
     vocabulary: Vocabulary = "kept",
+    shortlist: Sequence[int] | None = None,
     progress: Progress | None = None,
     force: bool = False,
 ) -> ModelInfo:
@@ -88,12 +86,13 @@ def extract_layers(
     Fed the values that enter layer `first`, the layers up to the end give the logits of the whole model. With `vocabulary` "none" the part
     has no tokenizer and is fed values, also at layer 0, so of the two matrices as large as the vocabulary it has the output only, and that
     only where it ends at the last layer. Any other gives the values that leave its last layer; its logits, of 32 tokens, mean nothing. Such
-    parts are read with `read_model_info(..., needs_vocabulary=False)`.
+    parts are read with `read_model_info(..., needs_vocabulary=False)`. The upper one of them can have the output of a `shortlist` of tokens
+    alone: its logits are theirs, in that order.
 
     Raises:
-        FileError: there are no such layers, they would not compute the same in another place, or `target` cannot be written.
+        FileError: there are no such layers or tokens, they would not compute the same in another place, or `target` cannot be written.
     """
-    part = _part(source, first, last, vocabulary)
+    part = _part(source, first, last, vocabulary, shortlist)
     if os.path.realpath(source) == os.path.realpath(target):
         raise FileError(f"{target}: is the source as well; the result needs another path.")
     with new_file(target, force=force) as temporary:
@@ -109,15 +108,37 @@ class _Part:
     writer: GGUFWriter
     tensors: Mapping[str, TensorEntry | None]
     n_embd: int
+    shortlist: Sequence[int] | None = None  # rows of the output, None: all
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor as it is written."""
+        entry = self.tensors[name]
+        if entry is None:
+            return N_UNNAMED, self.n_embd
+        rows = self._rows(name)
+        return entry.shape if rows is None else (len(rows), *entry.shape[1:])
+
+    def written(self, name: str, source: Source) -> OutTensor:
+        """A tensor as it is written."""
+        entry, shape, rows = self.tensors[name], self.shape(name), self._rows(name)
+        if entry is None:
+            return OutTensor(name, shape, GGMLQuantizationType.F32, partial(zeros, shape))
+        return OutTensor(name, shape, entry.type, partial(source.whole, entry) if rows is None else partial(source.rows, entry, rows))
+
+    def _rows(self, name: str) -> Sequence[int] | None:
+        """Which rows of a tensor are kept, None: all."""
+        return self.shortlist if name in (_EMBEDDINGS, _BIAS) else None
 
 
-def _part(source: Path_, first: int, last: int, vocabulary: Vocabulary) -> _Part:
+def _part(source: Path_, first: int, last: int, vocabulary: Vocabulary, shortlist: Sequence[int] | None = None) -> _Part:
     with mapped(source) as data:
         header = parse_header(data, str(source), MODEL_LIMITS)
         info = model_info(header)
         if not 0 <= first < last <= info.n_layers:
             raise FileError(f"{source}: has layers 0 to {info.n_layers - 1}, but {first} to {last - 1} were asked for.")
         _check_movable(header, info, first, last)
+        if shortlist is not None:
+            _check_shortlist(info, last, vocabulary, shortlist)
         instead: dict[str, Any] = {f"{info.architecture}.block_count": last - first}
         for key in _per_layer_keys(header, info) if last - first < info.n_layers else ():
             value = header.values[key][1]
@@ -133,9 +154,17 @@ def _part(source: Path_, first: int, last: int, vocabulary: Vocabulary) -> _Part
         own = {size_key, *(key for key in header.values if key.startswith("tokenizer."))}
         writer = metadata_of(header, own, instead)
         writer.add_tokenizer_model(NO_VOCABULARY)
-        embeddings = tensors[_EMBEDDINGS]
-        writer.add_uint32(size_key, N_UNNAMED if embeddings is None else embeddings.shape[0])
-        return _Part(source, writer, tensors, info.n_embd)
+        part = _Part(source, writer, tensors, info.n_embd, shortlist)
+        writer.add_uint32(size_key, part.shape(_EMBEDDINGS)[0])
+        return part
+
+
+def _check_shortlist(info: ModelInfo, last: int, vocabulary: Vocabulary, shortlist: Sequence[int]) -> None:
+    """Refuse what is no shortlist of this part's tokens."""
+    if vocabulary != "none" or last < info.n_layers:
+        raise FileError(f"{info.path}: a shortlist of tokens is for a part without vocabulary that ends at the last layer.")
+    if not shortlist or len(set(shortlist)) < len(shortlist) or not 0 <= min(shortlist) <= max(shortlist) < info.n_vocab:
+        raise FileError(f"{info.path}: a shortlist of tokens must have some of 0 to {info.n_vocab - 1}, each once.")
 
 
 def _moved(name: str, first: int, last: int) -> str | None:
@@ -153,24 +182,14 @@ def _reduce(tensors: dict[str, TensorEntry | None], *, concludes: bool) -> None:
     if concludes:
         tensors[_EMBEDDINGS] = output or tensors[_EMBEDDINGS]
         return
-    tensors.pop("output.bias", None)  # a value for each token
+    tensors.pop(_BIAS, None)  # a value for each token
     tensors[_EMBEDDINGS] = None
 
 
 def _write(part: _Part, temporary: Path, target: Path_, progress: Progress | None) -> None:
     """Copy a part to `temporary`, which is to become `target`."""
-    buffer = np.empty(_PIECE_BYTES, np.uint8)
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(FileIO(os.fspath(part.source)))
-        except OSError as error:
-            raise _unreadable(part.source, error) from error
-        tensors = [
-            OutTensor(name, (N_UNNAMED, part.n_embd), GGMLQuantizationType.F32, partial(_zeros, part.n_embd))
-            if entry is None
-            else OutTensor(name, entry.shape, entry.type, partial(_copied, part.source, file, entry, buffer))
-            for name, entry in part.tensors.items()
-        ]
+    with closing(Source(part.source)) as source:
+        tensors = [part.written(name, source) for name in part.tensors]
         check_room(Path(target), temporary, tensors)
         try:
             write_tensors(temporary, part.writer, tensors, progress)
@@ -178,36 +197,12 @@ def _write(part: _Part, temporary: Path, target: Path_, progress: Progress | Non
             raise FileError(f"{target}: cannot be written: {error.strerror or error}.") from error
 
 
-def _zeros(n_embd: int) -> Iterator[NDArray[Any]]:
-    yield np.zeros((N_UNNAMED, n_embd), np.float32)
-
-
-def _copied(source: Path_, file: FileIO, entry: TensorEntry, buffer: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
-    """A tensor's bytes, one piece after the other in `buffer`."""
-    done = 0
-    while done < entry.size_bytes:
-        piece = buffer[: entry.size_bytes - done]
-        try:
-            file.seek(entry.offset + done)
-            n = file.readinto(piece.data)
-        except OSError as error:
-            raise _unreadable(source, error) from error
-        if not n:
-            raise FileError(f"{source}: ended at byte {entry.offset + done} while it was copied; was it changed meanwhile?")
-        yield piece[:n]
-        done += n
-
-
-def _unreadable(source: Path_, error: OSError) -> FileError:
-    return FileError(f"{source}: cannot be read: {error.strerror or error}.")
-
-
 def can_be_cut(info: ModelInfo, first: int) -> bool:
     """Whether `extract_layers` can make a part of this model that begins at layer `first`."""
     try:
         stamp = os.stat(info.path)
     except OSError as error:
-        raise _unreadable(info.path, error) from None
+        raise unreadable(info.path, error) from None
     period = _period_or_none(info.path, (stamp.st_size, stamp.st_mtime_ns))
     return first == 0 or (period is not None and first % period == 0 and info.architecture not in _SCALED)
 

@@ -17,6 +17,7 @@ from fwdllama.llama.context import Context, ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.memory import Phase, Plan, Shape, engine_options, evaluation, to_load, training
 from fwdllama.setting import Setting, cheapest, smallest
+from fwdllama.shortlist import USUAL
 from gguf_tools.adapter import Adapter
 from gguf_tools.graph import compute_bytes
 from gguf_tools.model import ModelInfo, read_model_info
@@ -120,7 +121,7 @@ def sizes_of(phase: Phase) -> dict[str, int]:
 
 def test_training_holds_two_parts_and_evaluating_one_model(wide: Path) -> None:
     info = read_model_info(wide)
-    shape = Shape.expected(config(), 256)
+    shape = Shape.expected(config(), 256, info.n_vocab)
     assert (shape.n_seq, shape.unit_size) == (75, 5)  # 32 watched examples are seven paragraphs of five
     plan = training(info, config(), shape)
     assert [phase.name for phase in plan.phases] == ["choosing A", "training"]
@@ -144,15 +145,29 @@ def test_training_holds_two_parts_and_evaluating_one_model(wide: Path) -> None:
 )
 def test_a_run_without_a_trunk_holds_the_whole_model_once(wide: Path, values: dict[str, Any]) -> None:
     info = read_model_info(wide)
-    plan = training(info, config(**values), Shape.expected(config(), 256))
+    plan = training(info, config(**values), Shape.expected(config(), 256, info.n_vocab))
     assert [phase.name for phase in plan.phases] == ["choosing A", "training"]
     names = [item.name for item in plan.peak.items]
     assert [name for name in names if name.startswith("weights")] == ["weights of the model, read"]
     assert not any(name.startswith("values between") for name in names)
 
 
+def test_a_shortlist_takes_its_share_of_output_and_logits(wide: Path) -> None:
+    info = read_model_info(wide)
+    assert Shape.expected(config(), 256, info.n_vocab).n_logits is None
+    assert Shape.expected(config(), 256, 128_256).n_logits == USUAL
+    assert Shape.expected(config(estimator={"vocabulary": "whole"}), 256, 128_256).n_logits is None
+    whole = Shape.expected(config(), 256, info.n_vocab)
+    found = [training(info, config(), shape).phases[-1].items for shape in (whole, replace(whole, n_logits=500))]
+    names = ("weights of layers 1 to 3", "logits of layers 1 to 3")
+    weights, logits = ([next(item.size_bytes for item in items if item.name.startswith(name)) for items in found] for name in names)
+    assert weights[0] - weights[1] == tensor_bytes((1500, info.n_embd), info.quantisation)
+    assert logits == [75 * 4 * 2000, 75 * 4 * 500]
+
+
 def test_what_is_loaded_already_is_not_asked_for_again(wide: Path) -> None:
-    info, shape = read_model_info(wide), Shape.expected(config(), 256)
+    info = read_model_info(wide)
+    shape = Shape.expected(config(), 256, info.n_vocab)
     plan = training(info, config(), shape)
     missing = plan.peak.total_bytes - sum(item.size_bytes for item in to_load(info, config(), shape))
     examples, vocabulary = (next(item for item in plan.peak.items if item.name.startswith(name)) for name in ("examples", "vocabulary"))

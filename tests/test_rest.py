@@ -13,9 +13,9 @@ import pytest
 from fwdllama.checkpoint import read_metrics
 from fwdllama.guard import MIN_MEMORY_BYTES, SHARE, Guard
 from fwdllama.pause import Pause, paced
+from fwdllama.progress import Clock, Progress
 from fwdllama.rest import TICK_S, Rest
 from fwdllama.throttle import COOL_BY_C, LEAST, Throttle
-from fwdllama.trainer import Clock, Progress
 from tests.test_trainer import config, trained
 
 PROBE_S = 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from fwdllama.direction import direction
 from fwdllama.errors import EngineError
 from fwdllama.ledger import read_ledger
 from fwdllama.oracle import Losses, QuadraticOracle
-from fwdllama.trainer import CLEARLY_WORSE, Clock, Progress, Trainer
+from fwdllama.progress import Clock, Progress
+from fwdllama.trainer import CLEARLY_WORSE, Trainer
 from fwdllama.types import Encoded
 
 N_PARAMS = 24
@@ -59,7 +60,7 @@ class Oracle(QuadraticOracle):
 def config(**sections: Any) -> TrainConfig:
     usual: dict[str, Any] = {
         "estimator": {"rounds": 4, "first_rounds": 0, "examples_per_probe": 2, "outlier": 100.0, "example_clip": 100.0},
-        "step": {"lr": 1.0, "half_life": 10**9, "accept": True},
+        "step": {"lr": 1.0, "half_life": 10**9, "accept": True, "warmup": False},
         "pacing": {"tau": 0.8, "max_rounds": 8},
         "batch": {"units": 3, "per_unit": 2, "fresh": 1, "evaluate_every": 2},
         "budget": {"steps": 4},
@@ -109,15 +110,59 @@ METHODS: dict[str, dict[str, Any]] = {
     "untested steps": {"step": {"accept": False}},
     "long steps": {"step": {"lr": 6.0}},
     "first tokens": {"estimator": {"first_rounds": 6}},
+    "warm-up": {"step": {"warmup": True}},
 }
 
 
-@pytest.mark.parametrize("method", ["default", "two-sided", "variance", "aligned"])
+@pytest.mark.parametrize("method", ["default", "two-sided", "variance", "aligned", "warm-up"])
 def test_the_held_out_loss_falls(tmp_path: Path, method: str) -> None:
     state = trained(tmp_path / "run", config(**METHODS[method], budget={"steps": 12}))
     with RunDirectory.open(tmp_path / "run") as run:
         assert excess(run.theta(INITIAL, state.best_step)) < 0.2 * excess(INITIAL)
     assert state.best_step > 6
+
+
+def test_a_warm_up_has_few_probes_a_step_each_longer_and_one_batch(tmp_path: Path) -> None:
+    settings = config(
+        estimator={"rounds": 3, "first_rounds": 4, "examples_per_probe": 1}, step={"warmup": True, "lr": 0.01, "final_lr": 1.0}, budget={"steps": 6}
+    )
+    assert settings.warmup == (1, 1, 2, 2)
+    seen: list[list[str]] = []
+
+    class Watched(Oracle):
+        def load(self, examples: Sequence[Encoded | None]) -> None:
+            super().load(examples)
+            seen.append([example.id for example in examples if example is not None])
+
+    trained(tmp_path / "run", settings, Watched(), held_out=[])
+    rows = read_metrics(tmp_path / "run")
+    assert [row["n_probes"] for row in rows] == [6 * (1 + 2), 6 * (1 + 2), 6 * (2 + 3), 6 * (2 + 3), 6 * (3 + 4), 6 * (3 + 4)]
+    assert [row["n_probes_first"] for row in rows] == [12, 12, 18, 18, 24, 24]
+    scale = 1.0  # by what earlier steps were shortened
+    for row, longer in zip(rows, (*[0.7 * 3**0.75] * 2, *[0.7 * 1.5**0.75] * 2, 1, 1), strict=True):
+        assert row["lr"] == pytest.approx(0.01 * longer * scale)
+        scale = scale * 0.5 if row["step_factor"] < 1 else min(1.0, scale * 1.25)
+    assert seen[0] == seen[1] == seen[4] != seen[5]
+
+
+@pytest.mark.parametrize(("lr", "least"), [(1e3, 0.0), (3.0, 0.25)])
+def test_a_warm_up_step_that_raises_the_batchs_losses_is_shortened_or_left_out(tmp_path: Path, lr: float, least: float) -> None:
+    settings = config(estimator={"rounds": 8}, step={"warmup": True, "lr": lr, "accept": False}, budget={"steps": 6})
+    trained(tmp_path / "run", settings)
+    rows = read_metrics(tmp_path / "run")
+    losses = [row["loss"] for row in rows]
+    assert all(after <= before for before, after in pairwise(losses))
+    factors = {row["step_factor"] for row in rows}
+    assert factors <= {0.0, 0.25, 0.5, 1.0}
+    assert min(factors) == least
+    for before, row in pairwise(rows):
+        assert (row["loss"] == before["loss"]) == (before["step_factor"] == 0)
+
+
+def test_there_is_no_warm_up_where_steps_are_short_already_or_wait_for_a_gate() -> None:
+    assert config(estimator={"rounds": 1}, step={"warmup": True}).warmup == ()
+    assert config(step={"warmup": True}, pacing={"kind": "variance"}).warmup == ()
+    assert config(estimator={"rounds": 8}, step={"warmup": True}).warmup == (1, 1, 2, 2, 4, 4)
 
 
 def test_a_run_ends_when_its_steps_are_done(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from fwdllama.checkpoint import RunDirectory, read_facts, read_metrics
 from fwdllama.config import TrainConfig, make_config, read_config
 from fwdllama.errors import DataError, ResourceError, RunError
 from fwdllama.ledger import read_ledger, replay
+from fwdllama.progress import Progress
 from fwdllama.space import MODULES
-from fwdllama.trainer import Progress
 from fwdllama.training import Hooks, Outcome, Source, measure_noise, resume, train
 from gguf_tools.adapter import read_adapter
 from gguf_tools.model import file_sha256, read_model_info

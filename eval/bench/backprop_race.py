@@ -78,22 +78,31 @@ def replayed_run(run: Path, dev: Path, n_questions: int, *, floor: float = min(L
             curve = [Point(0.0, loss(theta))]
             for entry, row in zip(read_ledger(run / "ledger.bin", genesis_of(facts)), read_metrics(run), strict=True):
                 theta = replay(theta, [entry])
-                passes = curve[-1].passes + passes_of(config, row["n_probes"])
+                passes = curve[-1].passes + passes_of(config, row)
                 curve.append(Point(row["elapsed_s"], loss(theta), passes))
                 if curve[-1].loss <= floor:
                     break
     return curve, Job(path, run / "initial.gguf", n_threads, questions, pool, config.space.scope), config.space.train
 
 
-def passes_of(config: TrainConfig, n_probes: int) -> int:
-    """Losses of single examples that a step asks for: of its probes, of its batch at theta, and of its test on fresh examples."""
+def passes_of(config: TrainConfig, row: Mapping[str, Any]) -> int:
+    """Losses of single examples that the step of a row of metrics asks for: of its probes, of its batch at theta, and of its test on fresh
+    examples; in the warm-up of the trials that were given up, since the one that was not is the next step's batch at theta.
+    """
+    from fwdllama.trainer import WARMUP_FACTORS
+
     batch, estimator = config.batch, config.estimator
     n_batch = batch.units * batch.per_unit
-    probed = n_probes * estimator.examples_per_probe
+    probed = row["n_probes"] * estimator.examples_per_probe
     if config.pacing.kind == "fixed":  # some groups are smaller than they may be, but each round has every example once
         probed = min(probed, (estimator.rounds + config.first_rounds) * n_batch)
     sides = 1 if estimator.sided == "one" else 2
-    return sides * probed + n_batch + (2 * batch.fresh * batch.per_unit if config.step.accept else 0)
+    if row["step"] < len(config.warmup):
+        factor = row["step_factor"]
+        tried = n_batch * (WARMUP_FACTORS.index(factor) if factor else len(WARMUP_FACTORS))
+    else:
+        tried = 2 * batch.fresh * batch.per_unit if config.step.accept else 0
+    return sides * probed + n_batch + tried
 
 
 def drawn_questions(encoder: Any, examples: Sequence[Any], n: int) -> list[Encoded]:

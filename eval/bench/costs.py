@@ -158,7 +158,7 @@ def memory(bench: Bench) -> Measured:
     figures: dict[str, Any] = {}
     for _ in range(MEMORY_ROUNDS):
         folder = bench.fresh("memory")
-        trained = run(bench, *train_words(bench, folder, "--steps", 3))
+        trained = run(bench, *train_words(bench, folder, "--no-warmup", "--steps", 3))
         training.append(trained.peak_bytes)
         facts, batch = read_facts(folder / "run"), read_config(folder / "run" / "config.json").batch
         # What is held out is whole paragraphs, so it may be a few sequences more than was asked for.

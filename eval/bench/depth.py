@@ -31,6 +31,7 @@ def gains(model: str, n: int, n_prompt: int, n_rounds: int, scopes: tuple[str, .
     from fwdllama.llama.trunk import Trunk, cut
     from fwdllama.machine import default_threads
     from fwdllama.models import default_cache_dir, resolve
+    from fwdllama.shortlist import usual_shortlist
     from gguf_tools.model import file_sha256, read_model_info
     from gguf_tools.plan import whole_cells
 
@@ -39,9 +40,10 @@ def gains(model: str, n: int, n_prompt: int, n_rounds: int, scopes: tuple[str, .
     first = round(DEPTH * info.n_layers)
     layers = (first, min(first + N_LAYERS, info.n_layers) - 1)
     space = space_of(make_config({"budget": {"steps": 1}, "space": {"layers": layers, "init": "random"}}), info)
-    parts = cut(path, file_sha256(path, default_cache_dir()), first, default_cache_dir())
+    shortlist = usual_shortlist(info.n_vocab)
+    parts = cut(path, file_sha256(path, default_cache_dir()), first, default_cache_dir(), shortlist=shortlist)
     assert parts is not None
-    examples = examples_of(n, n_prompt, info.n_vocab)
+    examples = examples_of(n, n_prompt, info.n_vocab if shortlist is None else len(shortlist))
     options = ContextOptions(whole_cells(examples[0].n_tokens), n, n_outputs=n * 16, n_threads=default_threads(), flash=False)
     found: dict[str, float] = {}
     for scope in scopes:
@@ -50,7 +52,7 @@ def gains(model: str, n: int, n_prompt: int, n_rounds: int, scopes: tuple[str, .
             resources.callback(trunk.close)
             top, whole = (resources.enter_context(Model(file, needs_vocabulary=file == path)) for file in (parts.top, path))
             oracles = {
-                "top": resources.enter_context(LlamaOracle(top, space, scope, options, trunk=trunk, n_places=n)),  # type: ignore[arg-type]
+                "top": resources.enter_context(LlamaOracle(top, space, scope, options, trunk=trunk, shortlist=shortlist, n_places=n)),  # type: ignore[arg-type]
                 "whole": resources.enter_context(LlamaOracle(whole, space, scope, options, n_places=n)),  # type: ignore[arg-type]
             }
 

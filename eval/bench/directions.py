@@ -22,7 +22,7 @@ def watched(values: dict[str, Any], model: str, data: Path, folder: Path) -> tup
     from fwdllama.checkpoint import read_metrics
     from fwdllama.config import make_config
     from fwdllama.models import resolve
-    from fwdllama.trainer import Progress
+    from fwdllama.progress import Progress
     from fwdllama.training import Hooks, Source, train
 
     untrained: list[float] = []
@@ -65,6 +65,7 @@ def directions(bench: Bench) -> Measured:
         values = {
             "budget": {"seconds": bench.seconds(SECONDS)},
             "estimator": {"examples_per_probe": n, "first_rounds": 0},
+            "step": {"warmup": False},  # of steps of the same probes
             "batch": {"evaluate_every": 1},
         }
         curves[name], probes = in_child(watched, values, bench.model, bench.train_data, folder / name)

@@ -152,11 +152,13 @@ def planned_bytes(model: Path, settings: list[Values]) -> list[int]:
 
     info, base = read_model_info(model), process_bytes()
     configs = [configuration(values) for values in settings]
-    return [base + training(info, config, Shape.expected(config, CTX)).peak.total_bytes for config in configs]
+    return [base + training(info, config, Shape.expected(config, CTX, info.n_vocab)).peak.total_bytes for config in configs]
 
 
 def recorded_plan(folder: Path) -> dict[str, int]:
     """A run's own plan, made again from what it recorded, and its number of sequences."""
+    from dataclasses import replace
+
     from fwdllama.checkpoint import read_facts
     from fwdllama.config import read_config
     from fwdllama.machine import process_bytes
@@ -164,10 +166,10 @@ def recorded_plan(folder: Path) -> dict[str, int]:
     from gguf_tools.model import read_model_info
 
     facts, config = read_facts(folder), read_config(folder / "config.json")
-    expected = Shape.expected(config, facts["identity"]["context"])
+    info = read_model_info(Path(facts["files"]["model"]))
+    expected = Shape.expected(config, facts["identity"]["context"], info.n_vocab)
     n_seq = int(facts.get("n_seq", expected.n_seq))
-    shape = Shape(expected.n_ctx, n_seq, expected.unit_size, max(expected.n_outputs, n_seq))
-    plan = training(read_model_info(Path(facts["files"]["model"])), config, shape)
+    plan = training(info, config, replace(expected, n_seq=n_seq, n_outputs=max(expected.n_outputs, n_seq)))
     return {"n_seq": n_seq, "planned_bytes": process_bytes() + plan.peak.total_bytes}
 
 

@@ -60,13 +60,13 @@ def timed_steps(model: str, data: Path, n_steps: int) -> dict[str, Any]:
     from fwdllama.models import resolve
     from fwdllama.session import opened
 
-    config = make_config({"budget": {"steps": n_steps}})
+    config = make_config({"budget": {"steps": n_steps}, "step": {"warmup": False}})
     found: dict[str, Any] = {"without_s": [], "with_s": [], "probes_s": [], "n_found": [], "n_loaded": [], "same": True}
     with opened(config, resolve(model), Source(data), Hooks()) as session:
         own, pool = session.oracle, session.oracle.pool
         if pool is None:
             raise BenchError(f"no prompt returns within {n_steps} steps.")
-        with LlamaOracle(own.model, own.space, own.scope, own.context.options, trunk=own.trunk) as plain:
+        with LlamaOracle(own.model, own.space, own.scope, own.context.options, trunk=own.trunk, shortlist=own.shortlist) as plain:
             for step in range(n_steps + 1):
                 rows = [*session.held_out, *session.batches.batch(step)[0]]
                 before, theta = (pool.n_found, pool.n_found + pool.n_kept), EPS * direction(step, own.space.n_params)

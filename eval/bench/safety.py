@@ -17,7 +17,7 @@ from .measure import Bar, Bench, BenchError, Item, Measured
 from .runs import train_words
 
 N_KILLS, SEED = 10, 2024
-SMALL = ("--steps", "6", "--units", "4", "--rounds", "4")  # steps of a few seconds, so that many moments are within one
+SMALL = ("--no-warmup", "--steps", "6", "--units", "4", "--rounds", "4")  # steps of a few seconds, so that many moments are within one
 POLL_S = 0.01
 
 

@@ -31,7 +31,7 @@ LARGE = 2e9  # weights from which on a model counts as one of the 7B kind
 ALLOWED = {False: 0.06, True: 0.005}  # share of a step's time outside llama_decode: small models, large ones
 STEPS = 6
 # Steps of a large model.
-FEW = ("--steps", 2, "--units", 8, "--per-unit", 1, "--fresh", 1, "--held-out", 2, "--rounds", 4, "--init", "random", "--eps", EPS)
+FEW = ("--no-warmup", "--steps", 2, "--units", 8, "--per-unit", 1, "--fresh", 1, "--held-out", 2, "--rounds", 4, "--init", "random", "--eps", EPS)
 
 
 def random_examples(n: int, n_vocab: int) -> list[Encoded]:
@@ -57,6 +57,7 @@ def oracles(model: str, n_places: int, *, naive: bool = False) -> Iterator[dict[
     from fwdllama.llama.trunk import Trunk, cut
     from fwdllama.machine import default_threads
     from fwdllama.models import default_cache_dir, resolve
+    from fwdllama.shortlist import usual_shortlist
     from gguf_tools.model import file_sha256, read_model_info
     from gguf_tools.plan import whole_cells
 
@@ -66,13 +67,15 @@ def oracles(model: str, n_places: int, *, naive: bool = False) -> Iterator[dict[
     n_ctx = whole_cells(PROMPT_TOKENS + 2 + ANSWER_TOKENS)
     options = ContextOptions(n_ctx, BATCH, n_outputs=BATCH * ANSWER_TOKENS, n_threads=default_threads(), flash=False)
     with ExitStack() as resources:
-        parts = cut(path, file_sha256(path, default_cache_dir()), space.first_layer, default_cache_dir())
+        shortlist = usual_shortlist(info.n_vocab)
+        parts = cut(path, file_sha256(path, default_cache_dir()), space.first_layer, default_cache_dir(), shortlist=shortlist)
         opened = resources.enter_context(Model(parts.top if parts else path, needs_vocabulary=parts is None))
         trunk = None
         if parts:
             trunk = Trunk(parts, options, ModelOptions(), 1)
             resources.callback(trunk.close)
-        found = {"ours": resources.enter_context(LlamaOracle(opened, space, "answer", options, trunk=trunk, n_places=n_places))}
+        of = parts.shortlist if parts else None
+        found = {"ours": resources.enter_context(LlamaOracle(opened, space, "answer", options, trunk=trunk, shortlist=of, n_places=n_places))}
         if naive:
             whole = resources.enter_context(Model(path))
             found["naive"] = resources.enter_context(LlamaOracle(whole, space, "all", options, writing="temp-file"))
@@ -200,7 +203,7 @@ def outside_decode(bench: Bench) -> Measured:
     if large:
         words = train_words(bench, folder, *FEW, data=short_pairs(folder / "pairs.jsonl"))
     else:
-        words = train_words(bench, folder, "--steps", STEPS)
+        words = train_words(bench, folder, "--no-warmup", "--steps", STEPS)
     ran = run(bench, *words)
     shares = decode_shares(folder / "run")
     outside = 1 - shares["decode_share_of_steps"]

@@ -22,7 +22,7 @@ from fwdllama.pause import Pause, paced
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig
-    from fwdllama.trainer import Progress
+    from fwdllama.progress import Progress
     from fwdllama.types import Staged
 
 INTERVAL_S = 0.25

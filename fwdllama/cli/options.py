@@ -126,6 +126,15 @@ ExampleClip = Annotated[
 Objective = Annotated[
     Literal["nll", "f1"] | None, option(SLOPES, "What is improved: the answers' likelihood, or their F1.", SET)
 ]
+Vocabulary = Annotated[
+    Literal["data", "whole"] | None,
+    option(
+        SLOPES,
+        "Tokens that an answer's likelihood is measured against: those of the data, where the layers below the adapted ones are computed "
+        "apart, which takes a sixth off a step; or the whole vocabulary.",
+        SET,
+    ),
+]
 Pacing = Annotated[
     Literal["fixed", "variance"] | None,
     option(SLOPES, "Probes of a step: always as many, or until their mean is known well enough.", SET),
@@ -134,10 +143,11 @@ Tau = Annotated[float | None, option(SLOPES, "How well, for --pacing variance.",
 
 Lr = Annotated[float | None, option(STEPS, "Length of a step.", SET, metavar="X")]
 HalfLife = Annotated[int | None, option(STEPS, "Probes after which steps are half as long, and after twice as many a third.", SET, metavar="N")]
+Warmup = Annotated[bool | None, switch("warmup", STEPS, "Begin with six steps of few probes, each long for it.")]
 Candidates = Annotated[int | None, option(STEPS, "Draw so many directions and keep the one most like the last step.", SET, metavar="N")]
 Accept = Annotated[
     bool | None,
-    switch("accept", STEPS, "Try each step on fresh examples, not only the first, and take it back where they get worse."),
+    switch("accept", STEPS, "Try each step on fresh examples, and take it back where they get worse."),
 ]
 
 Units = Annotated[int | None, option(BATCH, "Paragraphs (or single examples) held at once.", SET, metavar="N")]
@@ -222,10 +232,10 @@ SETTINGS: Mapping[str, str] = {
     "template": "template",
     **{name: f"space.{name}" for name in ("modules", "layers", "rank", "alpha", "train", "init", "scope")},
     **{name: f"estimator.{name}" for name in ("examples_per_probe", "sided", "rounds", "first_rounds")},
-    **{name: f"estimator.{name}" for name in ("eps", "outlier", "example_clip", "objective")},
+    **{name: f"estimator.{name}" for name in ("eps", "outlier", "example_clip", "objective", "vocabulary")},
     "pacing": "pacing.kind",
     "tau": "pacing.tau",
-    **{name: f"step.{name}" for name in ("lr", "half_life", "candidates", "accept")},
+    **{name: f"step.{name}" for name in ("lr", "half_life", "warmup", "candidates", "accept")},
     **{name: f"batch.{name}" for name in ("units", "per_unit", "fresh", "held_out")},
     "ctx": "batch.n_ctx",
     **{name: f"budget.{name}" for name in ("seconds", "steps", "probes", "patience")},

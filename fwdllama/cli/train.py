@@ -19,9 +19,9 @@ from fwdllama.types import Dataset
 
 if TYPE_CHECKING:
     from fwdllama.config import BudgetConfig, TrainConfig
+    from fwdllama.progress import Progress
     from fwdllama.rest import Rest
     from fwdllama.setting import Change
-    from fwdllama.trainer import Progress
     from fwdllama.training import Hooks, Outcome
 
 RESULT = "At the end"
@@ -72,10 +72,12 @@ def register(app: typer.Typer) -> None:
         outlier: o.Outlier = None,
         example_clip: o.ExampleClip = None,
         objective: o.Objective = None,
+        vocabulary: o.Vocabulary = None,
         pacing: o.Pacing = None,
         tau: o.Tau = None,
         lr: o.Lr = None,
         half_life: o.HalfLife = None,
+        warmup: o.Warmup = None,
         candidates: o.Candidates = None,
         accept: o.Accept = None,
         units: o.Units = None,

@@ -40,6 +40,7 @@ def found(config: TrainConfig, model_path: Path, source: Source, name: str, hook
         FileError: the model's file is unfit.
     """
     check_shape(config, name, **fields)
+    config = _for_devices(config)
     with opened(config, model_path, source, hooks) as session:
         session.load_first_batch()
         theta = session.space.initial_theta()
@@ -59,13 +60,19 @@ def found(config: TrainConfig, model_path: Path, source: Source, name: str, hook
 
 
 def _shared(config: TrainConfig, session: Session) -> TrainConfig:
-    """The configuration without what is this machine's own, and with the layers that were chosen here for everybody.
-
-    Devices measure whole answers only: every probe travels, and a result has one mean square.
-    """
+    """The configuration without what is this machine's own, and with the layers that were chosen here for everybody."""
     space = config.space.model_copy(update={"layers": (session.space.first_layer, session.space.last_layer)})
-    estimator = config.estimator.model_copy(update={"first_rounds": 0})
-    return config.model_copy(update={"space": space, "estimator": estimator, "engine": EngineConfig(kv_type=config.engine.kv_type)})
+    return config.model_copy(update={"space": space, "engine": EngineConfig(kv_type=config.engine.kv_type)})
+
+
+def _for_devices(config: TrainConfig) -> TrainConfig:
+    """The configuration as devices can keep to it.
+
+    They measure whole answers only, because every probe travels and a result has one mean square, and against the whole vocabulary, or each would
+    compute losses of its own kind. Their steps are rounds, all alike.
+    """
+    estimator = config.estimator.model_copy(update={"first_rounds": 0, "vocabulary": "whole"})
+    return config.model_copy(update={"estimator": estimator, "step": config.step.model_copy(update={"warmup": False})})
 
 
 def _spec(config: TrainConfig, name: str, **fields: Any) -> RunSpec:

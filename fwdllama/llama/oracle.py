@@ -44,16 +44,18 @@ class LlamaOracle:
         options: ContextOptions,
         *,
         trunk: Below | None = None,
+        shortlist: NDArray[np.int32] | None = None,
         pool: PromptPool | None = None,
         writing: Writing | None = None,
         n_places: int = 1,
     ) -> None:
         """`model` is the whole model, or with a `trunk` the top that belongs to it; names in `space` are the whole model's.
 
+        `shortlist` are the tokens, ascending, whose logits the model gives, None: all; losses are then relative to these alone.
         A `pool` is for scope `answer`, and of the identity of this very model, context and trunk.
         `n_places` thetas can be evaluated in one decode, if the adapter and the scope allow it; else the attribute is 1.
         """
-        self.model, self.space, self.scope, self.trunk = model, space, scope, trunk
+        self.model, self.space, self.scope, self.trunk, self.shortlist = model, space, scope, trunk, shortlist
         self.pool = pool if scope == "answer" else None
         adapter = Adapter(
             architecture=model.info.architecture,
@@ -120,7 +122,7 @@ class LlamaOracle:
             if example is not None:
                 self._check(example)
         before, self._units = self._units, {}  # a decode that fails leaves nothing that could pass for kept
-        self._rows = [None if e is None else row_of(e) for e in examples]
+        self._rows = [None if e is None else row_of(e, self.shortlist) for e in examples]
         self._prompts = [None if e is None else np.array(e.prompt, np.int32) for e in examples]
         after = units_of(examples, trunk=self.trunk is not None)
         if self.scope == "answer":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fwdllama.errors import DataError
 from fwdllama.types import Encoded
 
 
@@ -18,7 +19,7 @@ class Row:
     start: int  # position of the first invocation token
     tokens: NDArray[np.int32] | NDArray[np.float32]  # invocation + target[:-1], or what they are at the entrance of the top
     first: int  # index in tokens of the one that predicts target[0]
-    target: NDArray[np.int32]
+    target: NDArray[np.int32]  # this and `choices` by their places among the tokens that have logits
     choices: NDArray[np.int32]
 
     def cut(self, n_targets: int | None) -> Row:
@@ -55,15 +56,30 @@ def laid(sequences: Sequence[int], rows: Sequence[Row], even: tuple[int, int] | 
     return Decode(flat, positions.ravel(), np.repeat(np.array(sequences, np.int32), width), wants.ravel())
 
 
-def row_of(example: Encoded) -> Row:
-    """The example's, while what enters the top is not known."""
+def row_of(example: Encoded, shortlist: NDArray[np.int32] | None = None) -> Row:
+    """The example's, while what enters the top is not known; `shortlist` are the tokens, ascending, that have logits.
+
+    Raises:
+        DataError: another one is asked for.
+    """
     return Row(
         len(example.prompt),
         np.array(example.invocation + example.target[:-1], np.int32),
         len(example.invocation) - 1,
-        np.array(example.target, np.int32),
-        np.array(example.choices, np.int32),
+        _places(example, example.target, shortlist),
+        _places(example, example.choices, shortlist),
     )
+
+
+def _places(example: Encoded, tokens: tuple[int, ...], shortlist: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    wanted = np.array(tokens, np.int32)
+    if shortlist is None:
+        return wanted
+    places = np.searchsorted(shortlist, wanted).astype(np.int32)
+    missing = wanted[shortlist[np.minimum(places, len(shortlist) - 1)] != wanted]
+    if len(missing):
+        raise DataError(f"example {example.id}: token {missing[0]} of its answer is not among the {len(shortlist)} whose logits are computed.")
+    return places
 
 
 def n_behind(example: Encoded) -> int:

@@ -7,13 +7,17 @@ model, made once and kept in the cache folder. Where memory is short, the trunk 
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fwdllama.llama.binding import ggml, layout_is_known
 from fwdllama.llama.context import ContextOptions, States, Tokens
@@ -26,6 +30,8 @@ from gguf_tools.model import read_model_info
 from gguf_tools.split import extract_layers
 
 log = logging.getLogger("fwdllama.llama")
+
+UNUSED_S = 3600  # after which a top that only its shortlist tells from another is put out
 
 
 class Below(Protocol):
@@ -47,30 +53,44 @@ class Below(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """A model, the file of its layers from `first` on, and where the file of those below may be."""
+    """A model, the file of its layers from `first` on, and where the file of those below may be.
+
+    The top gives the logits of `shortlist`, token ids in ascending order; None: of all.
+    """
 
     model: Path
     first: int
     trunk: Path
     top: Path
+    shortlist: NDArray[np.int32] | None = field(default=None, compare=False)  # the top's name tells it
 
 
-def cut(model_path: Path, sha256: str, first: int, cache: Path, *, trunk: bool = True) -> Parts | None:
+def cut(
+    model_path: Path, sha256: str, first: int, cache: Path, *, trunk: bool = True, shortlist: NDArray[np.int32] | None = None
+) -> Parts | None:
     """The parts of a model below and from layer `first` on, made now or found in `cache`; None where it cannot be cut.
 
     Without `trunk` only the top is made. Position-dependent architectures, and builds whose tensors we cannot read, compute every layer
-    in every probe instead.
+    in every probe instead. Tops for other shortlists are removed, once nobody has asked for them for a while.
     """
     if first == 0 or ggml() is None or not layout_is_known():
         return None
     folder = cache / "parts"
-    parts = Parts(model_path, first, folder / f"{sha256[:16]}-below-{first}.gguf", folder / f"{sha256[:16]}-from-{first}.gguf")
+    stem = f"{sha256[:16]}-from-{first}"
+    own = "" if shortlist is None else f"-of-{hashlib.blake2b(shortlist.astype('<i4').tobytes(), digest_size=8).hexdigest()}"
+    parts = Parts(model_path, first, folder / f"{sha256[:16]}-below-{first}.gguf", folder / f"{stem}{own}.gguf", shortlist)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if trunk and not parts.trunk.exists():
             extract_layers(model_path, parts.trunk, 0, first, vocabulary="none", force=True)
         if not parts.top.exists():
-            extract_layers(model_path, parts.top, first, read_model_info(model_path).n_layers, vocabulary="none", force=True)
+            tokens = None if shortlist is None else shortlist.tolist()
+            extract_layers(model_path, parts.top, first, read_model_info(model_path).n_layers, vocabulary="none", shortlist=tokens, force=True)
+        if own:
+            os.utime(parts.top)
+            for other in folder.glob(f"{stem}-of-*.gguf"):
+                if other.stat().st_mtime < time.time() - UNUSED_S:
+                    other.unlink(missing_ok=True)
     except (FileError, OSError) as error:
         log.warning("every probe computes all layers: %s", error)
         return None

@@ -9,7 +9,7 @@ from rich.console import Console
 from fwdllama.checkpoint import State
 from fwdllama.cli.live import INTERVAL_S, SHARE, Display, sparkline
 from fwdllama.config import BudgetConfig
-from fwdllama.trainer import Progress
+from fwdllama.progress import Progress
 
 ROW: dict[str, Any] = {
     "step": 0,

@@ -63,6 +63,35 @@ def test_extracting_keeps_quantised_tensors_as_they_are(tmp_path: Path) -> None:
     assert part["output.weight"] == whole["output.weight"]
 
 
+@pytest.mark.parametrize("rows", [[2, 3, 4, 9, 318, 319], [*range(319, -1, -1)]])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_shortlist_keeps_those_rows_of_the_output_as_they_are(kind: str, tied: bool, rows: list[int], tmp_path: Path) -> None:
+    whole = write_tiny_llama(tmp_path / "whole.gguf", type=kind, n_layers=3, tied=tied)
+    part = extract_layers(whole, tmp_path / "part.gguf", 1, 3, vocabulary="none", shortlist=rows)
+    assert (part.n_vocab, part.tied_embeddings) == (len(rows), True)
+    before, after = tensor_bytes(whole), tensor_bytes(part.path)
+    output = before["token_embd.weight" if tied else "output.weight"]
+    n = len(output) // 320
+    assert after.pop("token_embd.weight") == b"".join(output[n * row : n * (row + 1)] for row in rows)
+    every = tensor_bytes(extract_layers(whole, tmp_path / "every.gguf", 1, 3, vocabulary="none").path)
+    assert every.pop("token_embd.weight") == output
+    assert after == every
+
+
+@pytest.mark.parametrize("rows", [[], [1, 1], [-1, 4], [5, 320]])
+def test_a_shortlist_that_names_no_tokens_or_other_ones_is_refused(rows: list[int], source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"f32.gguf: a shortlist of tokens must have some of 0 to 319, each once\.$"):
+        extract_layers(source, tmp_path / "part.gguf", 1, 5, vocabulary="none", shortlist=rows)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("last", "vocabulary"), [(4, "none"), (5, "kept")])
+def test_a_shortlist_is_for_a_part_with_output_and_without_texts(last: int, vocabulary: Any, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"a shortlist of tokens is for a part without vocabulary that ends at the last layer"):
+        extract_layers(source, tmp_path / "part.gguf", 1, last, vocabulary=vocabulary, shortlist=[1])
+
+
 @pytest.mark.parametrize(("first", "last"), [(3, 3), (4, 2), (-1, 2), (0, 6)])
 def test_layers_that_are_not_there_are_refused(first: int, last: int, source: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=rf"has layers 0 to 4, but {first} to {last - 1} were asked for"):

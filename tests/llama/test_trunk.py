@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -14,12 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fwdllama.errors import EngineError
+from fwdllama.errors import DataError, EngineError
 from fwdllama.llama.context import ContextOptions
 from fwdllama.llama.model import Model, ModelOptions
 from fwdllama.llama.oracle import LlamaOracle
 from fwdllama.llama.slice import Slice
-from fwdllama.llama.trunk import Parts, Trunk, cut
+from fwdllama.llama.trunk import UNUSED_S, Parts, Trunk, cut
 from fwdllama.space import build_space
 from fwdllama.types import Encoded, Scope
 from gguf_tools.model import file_sha256, read_model_info
@@ -66,27 +68,27 @@ def path(request: pytest.FixtureRequest, folder: Path) -> Path:
     return write_tiny_llama(folder / f"{request.param}.gguf", type=request.param)
 
 
-def parts_of(path: Path, first: int) -> Parts:
-    parts = cut(path, file_sha256(path), first, path.parent / "cache")
+def parts_of(path: Path, first: int, shortlist: NDArray[np.int32] | None = None) -> Parts:
+    parts = cut(path, file_sha256(path), first, path.parent / "cache", shortlist=shortlist)
     assert parts is not None
     return parts
 
 
 @contextmanager
 def opened(
-    path: Path, scope: Scope, layers: tuple[int, int], trunk_below: int = 0, **changes: Any
+    path: Path, scope: Scope, layers: tuple[int, int], trunk_below: int = 0, shortlist: NDArray[np.int32] | None = None, **changes: Any
 ) -> Iterator[LlamaOracle]:
-    """An oracle of the whole model, or of its layers from `trunk_below` on with the trunk that belongs to them."""
+    """An oracle of the whole model, or of its layers from `trunk_below` on, with the logits of a shortlist, and the trunk that belongs to them."""
     info, options = read_model_info(path), replace(OPTIONS, **changes)
     shapes: dict[str, Any] = {name: shape for name, (shape, _) in info.tensors.items()}
     modules = ["q", "k", "v", "o", "gate", "up", "down"]
     space = build_space(shapes, 3, modules=modules, layers=layers, rank=4, alpha=8.0, train="b", seed=3)
-    parts = parts_of(path, trunk_below) if trunk_below else None
+    parts = parts_of(path, trunk_below, shortlist) if trunk_below else None
     trunk = Trunk(parts, options, ModelOptions(), n_seq=3) if parts else None
     try:
         with (
             Model(parts.top if parts else path, needs_vocabulary=parts is None) as model,
-            LlamaOracle(model, space, scope, options, trunk=trunk) as oracle,
+            LlamaOracle(model, space, scope, options, trunk=trunk, shortlist=shortlist) as oracle,
         ):
             yield oracle
     finally:
@@ -113,6 +115,40 @@ def test_trunk_and_top_give_the_losses_of_the_whole_model_to_the_bit(
             assert np.array_equal(top.losses([0, 4]), whole.losses([0, 4]))
         whole.write(drawn(whole, 3))
         assert not np.array_equal(top.losses(), whole.losses())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_losses_of_a_top_with_a_shortlist_are_relative_to_its_tokens(path: Path, scope: Scope) -> None:
+    short = np.arange(6, 300, 3, dtype=np.int32)
+    rows: list[Encoded | None] = [Encoded(str(i), tokens(30 + i, i), INVOCATION, (int(short[7 * i]),)) for i in range(5)]
+    among: list[Encoded | None] = [replace(row, choices=tuple(short.tolist())) for row in rows if row]
+    labels: list[Encoded | None] = [replace(row, choices=(*row.target, 9, 297)) for row in rows if row and row.target[0] not in (9, 297)]
+    with opened(path, scope, (1, 2)) as whole, opened(path, scope, (1, 2), 1, short) as top:
+        assert top.model.n_vocab == len(short)
+        theta = drawn(whole, 1)
+        for given, expected in ((rows, among), (labels, labels)):
+            top.load(given)
+            whole.load(expected)
+            for oracle in (top, whole):
+                oracle.write(theta)
+            np.testing.assert_allclose(top.losses(), whole.losses(), rtol=1e-5)
+        whole.load(rows)
+        whole.write(theta)
+        top.load(rows)
+        assert (whole.losses() - top.losses() > 0.1).all()
+        sentence = r"^example far: token 7 of its answer is not among the 98 whose logits are computed\.$"
+        with pytest.raises(DataError, match=sentence):
+            top.load([Encoded("far", tokens(9, 1), INVOCATION, (9, 7))])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_shortlist_of_every_token_changes_no_bit(path: Path, scope: Scope) -> None:
+    every = np.arange(read_model_info(path).n_vocab, dtype=np.int32)
+    with opened(path, scope, (1, 2), 1) as top, opened(path, scope, (1, 2), 1, every) as short:
+        for oracle in (top, short):
+            oracle.load(batch(1))
+            oracle.write(drawn(top, 1))
+        assert np.array_equal(top.losses(), short.losses())
 
 
 def loaded_and_asked(oracle: LlamaOracle, rows: list[Encoded | None]) -> None:
@@ -214,6 +250,19 @@ def test_a_model_is_cut_once_for_each_content_and_layer(tmp_path: Path) -> None:
     of_other = {part for found in (parts_of(other, 1), parts_of(moved, 2)) for part in (found.trunk, found.top)}
     assert len(of_other & {parts.trunk, parts.top}) == 0
     assert sorted((tmp_path / "cache" / "parts").iterdir()) == sorted({parts.trunk, parts.top, *of_other})
+
+
+def test_tops_of_other_shortlists_are_put_out_once_nobody_has_asked_for_them_for_a_while(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "tiny.gguf")
+    every = parts_of(path, 1)
+    old, recent, new = (parts_of(path, 1, np.arange(n, dtype=np.int32)) for n in (32, 64, 96))
+    assert len({every, old, recent, new}) == 4
+    long_ago = time.time() - UNUSED_S - 9
+    for parts in (every, old, recent):
+        os.utime(parts.top, (long_ago, long_ago))
+    assert parts_of(path, 1, np.arange(64, dtype=np.int32)) == recent  # asked for again
+    assert sorted((tmp_path / "cache" / "parts").iterdir()) == sorted({every.top, every.trunk, recent.top, new.top})
+    assert read_model_info(recent.top, needs_vocabulary=False).n_vocab == 64
 
 
 def test_a_model_that_cannot_be_cut_is_used_whole_and_the_log_says_why(

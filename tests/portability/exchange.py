@@ -28,7 +28,10 @@ from tests.portability.engine import ENGINE, ENGINE_PRIVATE
 from tests.questions import squad
 
 Digests = Mapping[str, Mapping[str, str]]
-OPTIONS = ["--layers", "1-2", "--units", "2", "--per-unit", "2", "--fresh", "1", "--held-out", "4", "--rounds", "8", "--threads", "1", "--steps", "4"]
+OPTIONS = [
+    "--layers", "1-2", "--units", "2", "--per-unit", "2", "--fresh", "1", "--held-out", "4",
+    "--rounds", "8", "--no-warmup", "--threads", "1", "--steps", "4",
+]
 
 
 def digests() -> Digests:

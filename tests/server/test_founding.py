@@ -44,6 +44,8 @@ def test_founded_run_is_the_one_that_is_served(create: list[object], aggregator:
     assert (spec["aggregation"]["rule"], spec["evaluation"]["patience"], spec["public"]) == ("mean", 3, True)
     assert spec["train"]["space"]["layers"] == [1, 2]
     assert spec["train"]["engine"]["n_threads"] is None  # this machine's own
+    train = spec["train"]
+    assert (train["estimator"]["first_rounds"], train["estimator"]["vocabulary"], train["step"]["warmup"]) == (0, "whole", False)
     assert spec["eps"] > 0
     assert spec["base"]["sha256"] == file_sha256(model)
     out = tmp_path / "adapter.gguf"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from statistics import fmean
 
 import pytest
@@ -11,6 +12,7 @@ from fwdllama_eval.bench.curve import Curve, Point
 from fwdllama_eval.bench.measure import Bar, Bench
 
 from fwdllama.answering import answer_dataset, open_engine
+from fwdllama.checkpoint import read_metrics
 from fwdllama.tasks.load import load_dataset
 from fwdllama.tasks.template import seed_template
 from gguf_tools.adapter import read_adapter
@@ -57,8 +59,9 @@ def test_replayed_losses_are_those_that_scoring_the_adapter_finds(
     curve, job = raced
     assert [len(curve), len(job.questions), job.n_threads] == [3, 6, 1]
     assert len({point.loss for point in curve}) == 3
-    # Each step: the batch of 4 x 2 at theta, each of it in two rounds of probes and ten of its first token, and no test.
-    assert [point.passes for point in curve] == [0, 104, 208]
+    # Each step is of the warm-up: the batch of 4 x 2 at theta, each of it in a round of probes and five of its first token, and trials that failed.
+    factors = [row["step_factor"] for row in read_metrics(bench.work / "run" / "run")]
+    assert [point.passes for point in curve] == [0, *accumulate(56 + 8 * {1.0: 0, 0.5: 1, 0.25: 2, 0.0: 3}[factor] for factor in factors)]
     adapter = bench.work / "run" / "adapter.gguf"
     best = int(read_adapter(adapter).metadata["fwdllama.run.step"])
     with open_engine(job.model, adapter_path=adapter, n_threads=1) as engine:

@@ -78,4 +78,5 @@ def test_time_outside_the_engine_is_held_against_what_a_model_of_its_size_is_all
     figures = speed.outside_decode(bench).figures
     assert figures["allowed"] == 0.06
     assert figures["of_allowed"] == pytest.approx(figures["outside"] / 0.06)
-    assert 0 < figures["outside"] <= figures["outside_of_worst_step"] < 1
+    assert figures["outside_of_worst_step"] == pytest.approx(figures["outside"])  # of one step the mean is the worst
+    assert 0 < figures["outside"] < 1
