@@ -96,7 +96,11 @@ class Encoder:
         return self._choice_tokens(example.choices) or self._target(example)
 
     def _prompt(self, example: Example) -> tuple[int, ...]:
-        return (*self._bos, *segment_tokens(self.model, self.template.render(example)))
+        """Its tokens in front of the invocation, which has all its tokens to itself: where these two would share one, they are tokenised apart."""
+        rendered = self.template.render(example)
+        whole, n = segment_tokens(self.model, (*rendered, *self.template.invocation)), len(self.invocation)
+        tokens = whole[:-n] if tuple(whole[-n:]) == self.invocation else segment_tokens(self.model, rendered)
+        return (*self._bos, *tokens)
 
     def _behind_invocation(self, text: str) -> list[int]:
         last = self.template.invocation[-1].text
@@ -144,13 +148,24 @@ def segment_tokens(model: Tokenizer, segments: Sequence[Segment]) -> list[int]:
 
 
 def invocation_tokens(model: Tokenizer, template: Template) -> tuple[int, ...]:
-    """The tokens from which the adapter of scope `answer` is on, as they are behind a prompt's last newline."""
+    """The tokens from which the adapter of scope `answer` is on.
+
+    They are the same behind whatever text. Some vocabularies (Llama 3's) have tokens of a question mark and the newlines behind it; there the
+    invocation begins behind its newlines, so that a server that is given a prompt as one text finds it.
+    """
     return tuple(_invocation(model, template.invocation))
 
 
 def _invocation(model: Tokenizer, segments: tuple[Segment, ...]) -> Iterator[int]:
     for segment in segments:
-        yield from _behind_newline(model, segment.text, special=segment.special)
+        text = segment.text
+        if text.startswith("\n"):
+            asked, whole = model.tokenize("a?"), model.tokenize("a?" + text)
+            if whole[: len(asked)] == asked:
+                yield from whole[len(asked) :]
+                continue
+            text = text.lstrip("\n")
+        yield from _behind_newline(model, text, special=segment.special)
 
 
 def _ending(model: Tokenizer, template: Template) -> tuple[int, ...]:

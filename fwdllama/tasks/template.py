@@ -19,9 +19,9 @@ from fwdllama.types import Example, Segment
 
 NO_ANSWER = "unanswerable"
 
-# An adapter of scope `answer` is on from here, not from the whole of the last line: every token more costs each probe, and training
-# was slower per probe too (LOG.md).
-_SEED_INVOCATION = ":\n"
+# An adapter of scope `answer` is on from the end of the question: what it adds at each of these tokens helps to look the answer up, which
+# is worth more than the probes that they cost (LOG.md).
+_SEED_INVOCATION: Mapping[Kind, str] = {"squad": "\n\n### Answer:\n", "pairs": "\n\n### Answer:\n", "classification": "\n\n### Label:\n"}
 
 # An answer to a question is one line, and in plain text every model expects a newline behind it: SmolLM2-135M-Instruct at 2.6 nats,
 # its end token at 9.7, and to learn that one is to hold up a large slope that every probe disturbs (LOG.md). Other answers may have lines.
@@ -81,11 +81,11 @@ def seed_template(kind: Kind) -> Template:
 
     >>> template = seed_template("pairs")
     >>> template.render(Example("1", {"prompt": "Say {hi}"}, ("hi",)))
-    (Segment(text='Say {hi}\\n\\n### Answer', special=False),)
+    (Segment(text='Say {hi}', special=False),)
     >>> template.invocation
-    (Segment(text=':\\n', special=False),)
+    (Segment(text='\\n\\n### Answer:\\n', special=False),)
     """
-    return Template("seed", kind, (Segment(_SEED_INVOCATION),), end=_SEED_ENDS.get(kind))
+    return Template("seed", kind, (Segment(_SEED_INVOCATION[kind]),), end=_SEED_ENDS.get(kind))
 
 
 def chat_template(source: str, kind: Kind, bos_token: str, eos_token: str) -> Template:
@@ -137,10 +137,10 @@ def _special(text: str) -> tuple[Segment, ...]:
 def _seed_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:
     # an f-string inserts values as they are: braces in a user's text stay braces
     if kind == "squad":
-        return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}\n\n### Answer"
+        return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}"
     if kind == "pairs":
-        return f"{fields['prompt']}\n\n### Answer"
-    return f"### Text:\n{fields['text']}\n\n### Label"
+        return fields["prompt"]
+    return f"### Text:\n{fields['text']}"
 
 
 def _chat_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:

@@ -31,18 +31,18 @@ NEWS = Example("n", {"text": "Cup won"}, ("Sports",), ("World", "Sports"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "example", "prompt"),
+    ("kind", "example", "prompt", "invocation"),
     [
-        ("squad", QUESTION, "### Context:\nIt {is} 5.\n\n### Question:\nWhat?\n\n### Answer"),
-        ("pairs", PAIR, "Say it\n\n### Answer"),
-        ("classification", NEWS, "### Text:\nCup won\n\n### Label"),
+        ("squad", QUESTION, "### Context:\nIt {is} 5.\n\n### Question:\nWhat?", "\n\n### Answer:\n"),
+        ("pairs", PAIR, "Say it", "\n\n### Answer:\n"),
+        ("classification", NEWS, "### Text:\nCup won", "\n\n### Label:\n"),
     ],
 )
-def test_seed_template_is_plain_text(kind: Kind, example: Example, prompt: str) -> None:
+def test_seed_template_is_plain_text(kind: Kind, example: Example, prompt: str, invocation: str) -> None:
     template = seed_template(kind)
     assert template.name == "seed"
     assert template.render(example) == (Segment(prompt),)
-    assert template.invocation == (Segment(":\n"),)
+    assert template.invocation == (Segment(invocation),)
 
 
 def test_chat_wraps_the_message_in_special_segments_and_starts_the_answer_at_the_generation_prompt() -> None:

@@ -58,9 +58,10 @@ def test_replayed_losses_are_those_that_scoring_the_adapter_finds(
 ) -> None:
     curve, job = raced
     assert [len(curve), len(job.questions), job.n_threads] == [3, 6, 1]
-    assert len({point.loss for point in curve}) == 3
     # Each step is of the warm-up: the batch of 4 x 2 at theta, each of it in a round of probes and five of its first token, and trials that failed.
     factors = [row["step_factor"] for row in read_metrics(bench.work / "run" / "run")]
+    assert any(factors)
+    assert len({point.loss for point in curve}) == 1 + sum(factor > 0 for factor in factors)
     assert [point.passes for point in curve] == [0, *accumulate(56 + 8 * {1.0: 0, 0.5: 1, 0.25: 2, 0.0: 3}[factor] for factor in factors)]
     adapter = bench.work / "run" / "adapter.gguf"
     best = int(read_adapter(adapter).metadata["fwdllama.run.step"])
