@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fwdllama.encode import Encoder, encode_dataset, longest, model_template
@@ -68,7 +68,7 @@ def answer_dataset(
     n_new = 1 if dataset.kind == "classification" else max_new_tokens
     context = engine.context_for(longest(encoded.examples, n_new))
     encoded = encoded.within(context.options.n_ctx_seq)
-    _warn_of_other_invocation(engine, encoded.examples)
+    examples = _invoked(engine, encoded.examples)
     predictions = {example.id: "" for example in dataset.examples}
     losses: dict[str, float] = {}
     n_done = n_all = len(dataset.examples)
@@ -79,7 +79,7 @@ def answer_dataset(
         context,
         engine.adapter,
         engine.scope,
-        encoded.examples,
+        examples,
         max_new_tokens=n_new,
         stop_at_newline=not several_lines,
         with_losses=with_losses,
@@ -109,8 +109,7 @@ def ask(engine: Engine, template: Template, example: Example, *, max_new_tokens:
     Raises:
         DataError: the question does not fit the context.
     """
-    encoded = Encoder(engine.model, template).question(example)
-    _warn_of_other_invocation(engine, [encoded])
+    [encoded] = _invoked(engine, [Encoder(engine.model, template).question(example)])
     context = engine.context_for(longest([encoded], max_new_tokens))
     several_lines = any("\n" in answer.strip() for answer in example.answers)
     [(_, answered)] = answers(
@@ -143,8 +142,21 @@ def _score(dataset: Dataset, predictions: Mapping[str, str]) -> dict[str, float]
     }
 
 
-def _warn_of_other_invocation(engine: Engine, examples: Sequence[Encoded]) -> None:
-    """An adapter answers badly behind another template than its own, but that may be what a user wants to see."""
+def _invoked(engine: Engine, examples: Sequence[Encoded]) -> list[Encoded]:
+    """The examples with the adapter on from its own invocation, where that ends their prompts, be it shorter than the template's or longer.
+
+    An adapter answers badly behind another template than its own, but that may be what a user wants to see.
+    """
     known = engine.invocation if engine.adapter is not None and engine.scope == "answer" else ()
-    if known and any(example.invocation != known for example in examples):
+    if not known or all(example.invocation == known for example in examples):
+        return list(examples)
+    made = []
+    for example in examples:
+        asked = example.prompt + example.invocation
+        if asked[-len(known) :] == known:
+            made.append(replace(example, prompt=asked[: -len(known)], invocation=known))
+        else:
+            made.append(example)
+    if any(example.invocation != known for example in made):
         log.warning("the adapter was trained with another template or kind of data than it is used with now")
+    return made

@@ -17,8 +17,8 @@ from fwdllama.llama.generate import generate
 from fwdllama.machine import available_bytes, check_memory, default_threads, total_bytes
 from fwdllama.score import exact_match, f1, normalise
 from fwdllama.tasks.load import load_dataset
-from fwdllama.tasks.template import seed_template
-from fwdllama.types import Dataset, Example
+from fwdllama.tasks.template import Template, seed_template
+from fwdllama.types import Dataset, Example, Segment
 from gguf_tools.adapter import BASE_KEY, Adapter, write_adapter
 from gguf_tools.errors import FileError
 from gguf_tools.model import file_sha256, read_model_info
@@ -46,7 +46,7 @@ def engine(path: Path) -> Iterator[Engine]:
 
 
 def adapter_at(
-    target: Path, model_path: Path, *, invocation: str | None = ":\n", base_sha256: str | None = None
+    target: Path, model_path: Path, *, invocation: str | None = "\n\n### Answer:\n", base_sha256: str | None = None
 ) -> Path:
     """An adapter that changes every answer, of scope "answer" where an invocation is given."""
     rng = np.random.default_rng(5)
@@ -218,6 +218,23 @@ def test_an_adapter_that_does_not_fit_is_refused_before_llama_cpp_sees_it(path: 
     other = write_tiny_llama(tmp_path / "other.gguf", n_embd=32)
     with pytest.raises(FileError, match="Was it trained on another model"):
         open_engine(other, adapter_path=adapter_at(tmp_path / "a.gguf", path), n_threads=1)
+
+
+def test_an_adapter_is_on_from_its_own_invocation_where_that_ends_the_prompt(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = squad(6)
+    late = replace(TEMPLATE, after=(Segment("\n\n### Answer"),), invocation=(Segment(":\n"),))
+    found: dict[tuple[str, Template], object] = {}
+    for invocation in (":\n", "\n\n### Answer:\n"):
+        file = adapter_at(tmp_path / "a.gguf", path, invocation=invocation)
+        with open_engine(path, adapter_path=file, n_threads=1, kv_type="f32") as engine:
+            for template in (TEMPLATE, late):
+                answered = answer_dataset(engine, dataset, template, max_new_tokens=MAX_NEW)
+                assert answered.predictions["q0"] == ask(engine, template, dataset.examples[0], max_new_tokens=MAX_NEW)
+                found[invocation, template] = (answered.predictions, answered.losses)
+    assert found[":\n", TEMPLATE] == found[":\n", late] != found["\n\n### Answer:\n", TEMPLATE] == found["\n\n### Answer:\n", late]
+    assert not caplog.records
 
 
 def test_another_template_than_the_adapters_is_warned_of(
