@@ -34,8 +34,8 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         yield model
 
 
-def with_sentencepiece(source: Path, target: Path) -> Path:
-    """The same model with a vocabulary of bytes, letters, and the word "cat" with and without a space before it."""
+def with_sentencepiece(source: Path, target: Path, *more: str) -> Path:
+    """The same model with a vocabulary of bytes, letters, the word "cat" with and without a space before it, and `more`."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "llama")
     for field in reader.fields.values():
@@ -43,8 +43,8 @@ def with_sentencepiece(source: Path, target: Path) -> Path:
         if not field.name.startswith(("GGUF.", "general.architecture", "tokenizer.")):
             writer.add_key_value(field.name, field.contents(), kind)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    letters = [*map(chr, range(33, 127))][: 320 - len(tokens) - 4]
-    tokens += [*letters, "ca", "cat", "\u2581c", "\u2581cat"]
+    letters = [*map(chr, range(33, 127))][: 320 - len(tokens) - 4 - len(more)]
+    tokens += [*letters, "ca", "cat", "\u2581c", "\u2581cat", *more]
     kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -73,9 +73,20 @@ def test_a_seed_prompt_has_the_tokens_of_its_whole_text(model: Model) -> None:
     encoded = Encoder(model, seed_template("squad")).example(QUESTION)
     text = "### Context:\nThe cat sat.\n\nIt slept.\n\n### Question:\nwho sat?\n\n### Answer:\n"
     assert [*encoded.prompt, *encoded.invocation] == model.tokenize(text)
-    assert list(encoded.invocation) == model.tokenize("\n\n### Answer:\n")
+    assert list(encoded.invocation) == model.tokenize(" Answer:\n")
     assert list(encoded.target) == [*model.tokenize("the cat"), *model.tokenize("\n")]
     assert encoded.id == "q1"
+
+
+def test_the_invocation_begins_behind_newlines_that_share_a_token_with_the_question(tmp_path: Path) -> None:
+    with Model(with_sentencepiece(write_tiny_llama(tmp_path / "bpe.gguf"), tmp_path / "spm.gguf", "?\n", "?\n\n")) as model:
+        encoded = Encoder(model, seed_template("classification")).question(Example("p", {"text": "Which cat?"}, (), ("cat", "dog")))
+        assert spelled(model, encoded.invocation) == "### Label:\n"
+        assert model.piece(encoded.prompt[-1]) == b"?\n\n"
+        assert [*encoded.prompt[1:], *encoded.invocation] == model.tokenize("### Text:\nWhich cat?\n\n### Label:\n")
+        again = Encoder(model, seed_template("classification")).question(Example("p", {"text": "A cat"}, (), ("cat", "dog")))
+        assert again.invocation == encoded.invocation
+        assert spelled(model, again.prompt).endswith("A cat\n\n")
 
 
 def test_a_chat_prompt_has_the_tokens_of_its_whole_text_with_control_tokens(model: Model) -> None:
@@ -105,8 +116,8 @@ def test_control_tokens_that_a_user_writes_stay_text(model: Model) -> None:
 def test_tokens_spell_prompt_invocation_and_answer(model: Model, text: str) -> None:
     example = Example("p", {"prompt": text}, (text,))
     encoded = Encoder(model, seed_template("pairs")).example(example)
-    assert spelled(model, encoded.prompt) == text
-    assert spelled(model, encoded.invocation) == "\n\n### Answer:\n"
+    assert spelled(model, encoded.prompt) == f"{text}\n\n###"
+    assert spelled(model, encoded.invocation) == " Answer:\n"
     assert spelled(model, encoded.target) == text.strip()
     assert encoded.target[-1] == model.end
 
@@ -157,7 +168,7 @@ def test_the_invocation_is_the_same_for_every_example(model: Model) -> None:
 
 def test_a_question_needs_no_answer(model: Model) -> None:
     encoded = Encoder(model, seed_template("pairs")).question(Example("p", {"prompt": "hi"}, ()))
-    assert encoded == Encoded("p", tuple(model.tokenize("hi")), invocation_tokens(model, seed_template("pairs")), ())
+    assert encoded == Encoded("p", tuple(model.tokenize("hi\n\n###")), invocation_tokens(model, seed_template("pairs")), ())
 
 
 def test_a_label_is_the_first_token_of_its_word(model: Model) -> None:

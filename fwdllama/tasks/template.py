@@ -19,9 +19,14 @@ from fwdllama.types import Example, Segment
 
 NO_ANSWER = "unanswerable"
 
-# An adapter of scope `answer` is on from the end of the question: what it adds at each of these tokens helps to look the answer up, which
-# is worth more than the probes that they cost (LOG.md).
-_SEED_INVOCATION: Mapping[Kind, str] = {"squad": "\n\n### Answer:\n", "pairs": "\n\n### Answer:\n", "classification": "\n\n### Label:\n"}
+# Around an answer, or a label: the end of the prompt, and the invocation, from which an adapter of scope `answer` is on. What it adds at each
+# token of that helps to look the answer up, but each costs every probe: of the lengths that are not told apart by F1 the shortest, and for
+# labels, whose probes have no other tokens, all (LOG.md).
+_SEED_MARKER: Mapping[Kind, tuple[str, str]] = {
+    "squad": ("\n\n###", " Answer:\n"),
+    "pairs": ("\n\n###", " Answer:\n"),
+    "classification": ("", "\n\n### Label:\n"),
+}
 
 # An answer to a question is one line, and in plain text every model expects a newline behind it: SmolLM2-135M-Instruct at 2.6 nats,
 # its end token at 9.7, and to learn that one is to hold up a large slope that every probe disturbs (LOG.md). Other answers may have lines.
@@ -81,11 +86,11 @@ def seed_template(kind: Kind) -> Template:
 
     >>> template = seed_template("pairs")
     >>> template.render(Example("1", {"prompt": "Say {hi}"}, ("hi",)))
-    (Segment(text='Say {hi}', special=False),)
+    (Segment(text='Say {hi}\\n\\n###', special=False),)
     >>> template.invocation
-    (Segment(text='\\n\\n### Answer:\\n', special=False),)
+    (Segment(text=' Answer:\\n', special=False),)
     """
-    return Template("seed", kind, (Segment(_SEED_INVOCATION[kind]),), end=_SEED_ENDS.get(kind))
+    return Template("seed", kind, (Segment(_SEED_MARKER[kind][1]),), end=_SEED_ENDS.get(kind))
 
 
 def chat_template(source: str, kind: Kind, bos_token: str, eos_token: str) -> Template:
@@ -136,11 +141,12 @@ def _special(text: str) -> tuple[Segment, ...]:
 
 def _seed_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:
     # an f-string inserts values as they are: braces in a user's text stay braces
+    end = _SEED_MARKER[kind][0]
     if kind == "squad":
-        return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}"
+        return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}{end}"
     if kind == "pairs":
-        return fields["prompt"]
-    return f"### Text:\n{fields['text']}"
+        return f"{fields['prompt']}{end}"
+    return f"### Text:\n{fields['text']}{end}"
 
 
 def _chat_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:

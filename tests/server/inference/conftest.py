@@ -22,7 +22,7 @@ from gguf_tools.adapter import Adapter, adapter_bytes
 from gguf_tools.model import ModelInfo, read_model_info
 from gguf_tools.synth import write_tiny_llama
 
-INVOCATION = tuple(3 + byte for byte in b"\n\n### Answer:\n")  # in the tiny model's vocabulary
+INVOCATION = (61, 13)  # ":\n" in the tiny model's vocabulary
 SEED_PROMPT = "Say it\n\n### Answer:\n"
 
 
