@@ -73,7 +73,7 @@ def test_a_seed_prompt_has_the_tokens_of_its_whole_text(model: Model) -> None:
     encoded = Encoder(model, seed_template("squad")).example(QUESTION)
     text = "### Context:\nThe cat sat.\n\nIt slept.\n\n### Question:\nwho sat?\n\n### Answer:\n"
     assert [*encoded.prompt, *encoded.invocation] == model.tokenize(text)
-    assert list(encoded.invocation) == model.tokenize(" Answer:\n")
+    assert list(encoded.invocation) == model.tokenize(":\n")
     assert list(encoded.target) == [*model.tokenize("the cat"), *model.tokenize("\n")]
     assert encoded.id == "q1"
 
@@ -116,8 +116,8 @@ def test_control_tokens_that_a_user_writes_stay_text(model: Model) -> None:
 def test_tokens_spell_prompt_invocation_and_answer(model: Model, text: str) -> None:
     example = Example("p", {"prompt": text}, (text,))
     encoded = Encoder(model, seed_template("pairs")).example(example)
-    assert spelled(model, encoded.prompt) == f"{text}\n\n###"
-    assert spelled(model, encoded.invocation) == " Answer:\n"
+    assert spelled(model, encoded.prompt) == f"{text}\n\n### Answer"
+    assert spelled(model, encoded.invocation) == ":\n"
     assert spelled(model, encoded.target) == text.strip()
     assert encoded.target[-1] == model.end
 
@@ -168,7 +168,7 @@ def test_the_invocation_is_the_same_for_every_example(model: Model) -> None:
 
 def test_a_question_needs_no_answer(model: Model) -> None:
     encoded = Encoder(model, seed_template("pairs")).question(Example("p", {"prompt": "hi"}, ()))
-    assert encoded == Encoded("p", tuple(model.tokenize("hi\n\n###")), invocation_tokens(model, seed_template("pairs")), ())
+    assert encoded == Encoded("p", tuple(model.tokenize("hi\n\n### Answer")), invocation_tokens(model, seed_template("pairs")), ())
 
 
 def test_a_label_is_the_first_token_of_its_word(model: Model) -> None:

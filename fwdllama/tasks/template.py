@@ -20,11 +20,11 @@ from fwdllama.types import Example, Segment
 NO_ANSWER = "unanswerable"
 
 # Around an answer, or a label: the end of the prompt, and the invocation, from which an adapter of scope `answer` is on. What it adds at each
-# token of that helps to look the answer up, but each costs every probe: of the lengths that are not told apart by F1 the shortest, and for
-# labels, whose probes have no other tokens, all (LOG.md).
+# token of that helps to look the answer up, but each costs every probe: of the lengths that are not told apart the shortest, and for labels,
+# whose probes have no other tokens, all (LOG.md).
 _SEED_MARKER: Mapping[Kind, tuple[str, str]] = {
-    "squad": ("\n\n###", " Answer:\n"),
-    "pairs": ("\n\n###", " Answer:\n"),
+    "squad": ("\n\n### Answer", ":\n"),
+    "pairs": ("\n\n### Answer", ":\n"),
     "classification": ("", "\n\n### Label:\n"),
 }
 
@@ -86,9 +86,9 @@ def seed_template(kind: Kind) -> Template:
 
     >>> template = seed_template("pairs")
     >>> template.render(Example("1", {"prompt": "Say {hi}"}, ("hi",)))
-    (Segment(text='Say {hi}\\n\\n###', special=False),)
+    (Segment(text='Say {hi}\\n\\n### Answer', special=False),)
     >>> template.invocation
-    (Segment(text=' Answer:\\n', special=False),)
+    (Segment(text=':\\n', special=False),)
     """
     return Template("seed", kind, (Segment(_SEED_MARKER[kind][1]),), end=_SEED_ENDS.get(kind))
 

@@ -33,8 +33,8 @@ NEWS = Example("n", {"text": "Cup won"}, ("Sports",), ("World", "Sports"))
 @pytest.mark.parametrize(
     ("kind", "example", "prompt", "invocation"),
     [
-        ("squad", QUESTION, "### Context:\nIt {is} 5.\n\n### Question:\nWhat?\n\n###", " Answer:\n"),
-        ("pairs", PAIR, "Say it\n\n###", " Answer:\n"),
+        ("squad", QUESTION, "### Context:\nIt {is} 5.\n\n### Question:\nWhat?\n\n### Answer", ":\n"),
+        ("pairs", PAIR, "Say it\n\n### Answer", ":\n"),
         ("classification", NEWS, "### Text:\nCup won", "\n\n### Label:\n"),
     ],
 )
