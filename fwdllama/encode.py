@@ -159,7 +159,7 @@ def invocation_tokens(model: Tokenizer, template: Template) -> tuple[int, ...]:
 def _invocation(model: Tokenizer, segments: tuple[Segment, ...]) -> Iterator[int]:
     for segment in segments:
         text = segment.text
-        if text.startswith("\n"):
+        if text.startswith("\n") and not segment.special:
             asked, whole = model.tokenize("a?"), model.tokenize("a?" + text)
             if whole[: len(asked)] == asked:
                 yield from whole[len(asked) :]

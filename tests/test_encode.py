@@ -13,7 +13,7 @@ from fwdllama.encode import EncodedDataset, Encoder, encode_dataset, invocation_
 from fwdllama.errors import DataError
 from fwdllama.llama.model import Model
 from fwdllama.tasks.template import Template, chat_template, seed_template
-from fwdllama.types import Dataset, Encoded, Example
+from fwdllama.types import Dataset, Encoded, Example, Segment
 from gguf_tools.synth import write_tiny_llama
 
 END, TURN_START, TURN_END = 0, 1, 2
@@ -87,6 +87,12 @@ def test_the_invocation_begins_behind_newlines_that_share_a_token_with_the_quest
         again = Encoder(model, seed_template("classification")).question(Example("p", {"text": "A cat"}, (), ("cat", "dog")))
         assert again.invocation == encoded.invocation
         assert spelled(model, again.prompt).endswith("A cat\n\n")
+
+
+def test_control_tokens_behind_newlines_at_the_beginning_of_an_invocation_stay_such(model: Model) -> None:
+    template = replace(chat(model), invocation=(Segment("\n<|im_start|>assistant\n", special=True),))
+    assert list(invocation_tokens(model, template)) == model.tokenize("\n<|im_start|>assistant\n", special=True)
+    assert TURN_START in invocation_tokens(model, template)
 
 
 def test_a_chat_prompt_has_the_tokens_of_its_whole_text_with_control_tokens(model: Model) -> None:
