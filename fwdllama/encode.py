@@ -85,7 +85,7 @@ class Encoder:
         return Encoded(example.id, self._prompt(example), self.invocation, target, choices)
 
     def _target(self, example: Example) -> tuple[int, ...]:
-        return (*self._behind_invocation(self.template.target(example)), *self._end)
+        return (*self._behind_invocation(self.template.lead + self.template.target(example)), *self._end)
 
     def targets(self, example: Example) -> tuple[int, ...]:
         """The tokens that a loss of the example looks at: its target, or all label words.
@@ -103,8 +103,8 @@ class Encoder:
         return (*self._bos, *tokens)
 
     def _behind_invocation(self, text: str) -> list[int]:
-        last = self.template.invocation[-1].text
-        return _behind_newline(self.model, text) if last.endswith("\n") else self.model.tokenize(text)
+        last = self.template.invocation[-1].text[-1:]
+        return _behind(self.model, last, text) if last == "\n" or self.template.lead else self.model.tokenize(text)
 
     def _choice_tokens(self, words: tuple[str, ...]) -> tuple[int, ...]:
         if words not in self._choices:
@@ -165,24 +165,24 @@ def _invocation(model: Tokenizer, segments: tuple[Segment, ...]) -> Iterator[int
                 yield from whole[len(asked) :]
                 continue
             text = text.lstrip("\n")
-        yield from _behind_newline(model, text, special=segment.special)
+        yield from _behind(model, "\n", text, special=segment.special)
 
 
 def _ending(model: Tokenizer, template: Template) -> tuple[int, ...]:
     if template.end is not None:
-        return tuple(_behind_newline(model, template.end))
+        return tuple(_behind(model, "\n", template.end))
     return (model.end_of_turn if template.name == "chat" else model.end,)
 
 
-def _behind_newline(model: Tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """Tokens of `text` as they are behind a newline, or as they are at the beginning where the newline would merge in.
+def _behind(model: Tokenizer, mark: str, text: str, *, special: bool = False) -> list[int]:
+    """Tokens of `text` as they are behind `mark`, a newline or colon, or as they are at the beginning where the mark would merge in.
 
     SentencePiece puts a space before the beginning of every text that it is given; there is none inside a text.
     """
-    newline = model.tokenize("\n")
-    whole = model.tokenize("\n" + text, special=special)
-    n = len(newline)
-    return whole[n:] if whole[:n] == newline else model.tokenize(text, special=special)
+    before = model.tokenize(mark)
+    whole = model.tokenize(mark + text, special=special)
+    n = len(before)
+    return whole[n:] if whole[:n] == before else model.tokenize(text, special=special)
 
 
 def model_template(model: Tokenizer, name: Literal["seed", "chat"], kind: Kind) -> Template:

@@ -36,7 +36,7 @@ def fitted(
     info, base = read_model_info(model), process_bytes()
     with Tokenizer(model) as tokenizer:
         shape = material(config, source.load(), str(source.path), tokenizer).shape
-    asked = Setting.of(config, shape.n_ctx, shape.unit_size)
+    asked = Setting.of(config, shape)
     found = cheapest(info, asked, "train", memory_bytes, base, kept=kept)
     if found is None:
         setting, plan = smallest(info, asked, "train", kept=kept)

@@ -76,16 +76,17 @@ class Shape:
     n_logits: int | None = None
 
     @classmethod
-    def expected(cls, config: TrainConfig, n_ctx: int, n_vocab: int, unit_size: int | None = None) -> Shape:
-        """As data with `unit_size` questions on each paragraph, None for enough of them, will have it with a vocabulary of `n_vocab` tokens.
+    def expected(cls, config: TrainConfig, n_ctx: int, n_vocab: int, unit_size: int | None = None, n_logits: int | None = None) -> Shape:
+        """As data with `unit_size` questions on each paragraph, None for enough of them, will have it with a vocabulary of `n_vocab` tokens,
+        of which they make `n_logits`, None for as many as is usual.
 
         What is held out is whole paragraphs.
         """
         batch = config.batch
         size = min(batch.per_unit, unit_size or batch.per_unit)
         n_seq = -(-batch.held_out // size) * size + max(1, batch.units * batch.per_unit // size) * size
-        n_logits = expected_size(n_vocab) if config.estimator.vocabulary == "data" else None
-        return cls(n_ctx, n_seq, size, max(MIN_OUTPUTS, n_seq), n_logits)
+        of_data = config.estimator.vocabulary == "data"
+        return cls(n_ctx, n_seq, size, max(MIN_OUTPUTS, n_seq), (n_logits or expected_size(n_vocab)) if of_data else None)
 
 
 def engine_options(*, batch: int, n_ctx: int, n_threads: int, kv_type: str = "f16") -> ContextOptions:

@@ -37,7 +37,7 @@ class Setting:
     """The options that decide over memory. `from_layer` None: the layers that training chooses; `n_ctx` None: each task's usual.
 
     `base` is what else is set for training, None for the defaults; `unit_size` how many questions the data have on a paragraph, None for as
-    many as are taken.
+    many as are taken; `n_logits` how many tokens they are made of, None for as many as is usual.
     """
 
     n_ctx: int | None = None
@@ -51,13 +51,14 @@ class Setting:
     stage_layers: int | None = None
     base: TrainConfig | None = None
     unit_size: int | None = None
+    n_logits: int | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, n_ctx: int, unit_size: int) -> Setting:
-        """What a training run's configuration says, for data of these sizes."""
+    def of(cls, config: TrainConfig, shape: Shape) -> Setting:
+        """What a training run's configuration says, for data of this shape."""
         engine, batch = config.engine, config.batch
         return cls(
-            n_ctx,
+            shape.n_ctx,
             batch.units,
             batch.held_out,
             config.space.scope,
@@ -67,7 +68,8 @@ class Setting:
             engine.repack,
             engine.stage_layers,
             config,
-            unit_size,
+            shape.unit_size,
+            shape.n_logits,
         )
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ class Setting:
         n_ctx = min(info.context_length, self.n_ctx or (EVAL_CTX if task == "eval" else TRAIN_CTX))
         if task == "train":
             config = self.config(info)
-            return training(info, config, Shape.expected(config, n_ctx, info.n_vocab, self.unit_size))
+            return training(info, config, Shape.expected(config, n_ctx, info.n_vocab, self.unit_size, self.n_logits))
         options = engine_options(batch=self.batch, n_ctx=n_ctx, n_threads=1, kv_type=self.kv_type)
         return evaluation(info, options, ModelOptions(mmap=self.mmap, repack=self.repack))
 

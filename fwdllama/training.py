@@ -42,6 +42,7 @@ def train(config: TrainConfig, model_path: Path, source: Source, run_path: Path,
             "environment": environment(),
             "device": dict(hooks.device),
             "n_seq": session.oracle.capacity,
+            "n_logits": session.oracle.model.n_vocab,
             "calibration": calibration.__dict__,
         }
         initial = session.adapter(theta, {})

@@ -71,11 +71,21 @@ def chat(model: Model) -> Template:
 
 def test_a_seed_prompt_has_the_tokens_of_its_whole_text(model: Model) -> None:
     encoded = Encoder(model, seed_template("squad")).example(QUESTION)
-    text = "### Context:\nThe cat sat.\n\nIt slept.\n\n### Question:\nwho sat?\n\n### Answer:\n"
+    text = "### Context:\nThe cat sat.\n\nIt slept.\n\n### Question:\nwho sat?\n\n### Answer:"
     assert [*encoded.prompt, *encoded.invocation] == model.tokenize(text)
-    assert list(encoded.invocation) == model.tokenize(":\n")
-    assert list(encoded.target) == [*model.tokenize("the cat"), *model.tokenize("\n")]
+    assert list(encoded.invocation) == model.tokenize(" Answer:")
+    assert list(encoded.target) == [*model.tokenize(" the cat"), *model.tokenize("\n")]
     assert encoded.id == "q1"
+
+
+def test_an_answer_s_words_are_the_tokens_that_they_are_in_the_context(model: Model, sentencepiece: Model) -> None:
+    asked = Example("q", {"context": "Once the cat sat down.", "question": "Who?"}, ("cat",))
+    whole = "### Context:\nOnce the cat sat down.\n\n### Question:\nWho?\n\n### Answer: cat\n"
+    for each in (model, sentencepiece):
+        encoded = Encoder(each, seed_template("squad")).example(asked)
+        assert spelled(each, encoded.target) == " cat\n"
+        assert encoded.target[0] in encoded.prompt
+        assert [*encoded.prompt, *encoded.invocation, *encoded.target][each.adds_bos :] == each.tokenize(whole)
 
 
 def test_the_invocation_begins_behind_newlines_that_share_a_token_with_the_question(tmp_path: Path) -> None:
@@ -132,11 +142,12 @@ def test_an_answer_to_a_question_ends_with_a_newline_and_other_text_with_the_mod
     asked = Example("q", {"context": "It sat in a tree.", "question": "Where?"}, ("in a tree",))
     for each in (model, sentencepiece):
         answer = Encoder(each, seed_template("squad")).example(asked).target
-        assert spelled(each, answer).lstrip() == "in a tree\n"
+        assert spelled(each, answer) == " in a tree\n"
         assert each.end not in answer
-        assert spelled(each, answer[:-1]).lstrip() == "in a tree"
         pair = Example("p", {"prompt": "Where?"}, ("in a tree",))
-        assert Encoder(each, seed_template("pairs")).example(pair).target == (*answer[:-1], each.end)
+        other = Encoder(each, seed_template("pairs")).example(pair).target
+        assert spelled(each, other[:-1]) == "in a tree"
+        assert other[-1] == each.end
 
 
 def test_a_model_that_wants_bos_gets_one_and_no_spaces_are_put_inside_the_text(sentencepiece: Model) -> None:

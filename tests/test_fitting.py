@@ -17,6 +17,7 @@ from fwdllama.hooks import Hooks
 from fwdllama.lower import parts_of
 from fwdllama.machine import process_bytes
 from fwdllama.material import Source
+from fwdllama.memory import Shape
 from fwdllama.models import default_cache_dir
 from fwdllama.setting import Setting
 from fwdllama.training import train
@@ -56,7 +57,7 @@ def test_what_fits_is_left_alone_and_a_smaller_budget_is_kept_by_changes_that_ar
     said: list[str] = []
     asked = config()
     info, base = read_model_info(model), process_bytes()
-    whole = base + Setting.of(asked, 256, 1).plan(info, "train").peak.total_bytes
+    whole = base + Setting.of(asked, Shape(256, 1, 1)).plan(info, "train").peak.total_bytes
     assert fitted(asked, model, source, whole + (4 << 20), on_event=said.append) == asked
     assert re.fullmatch(r"within .*: nothing needs to be changed; .* at most, while .*", said.pop())
     found = fitted(asked, model, source, whole - (3 << 20), on_event=said.append)

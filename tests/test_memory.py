@@ -156,13 +156,21 @@ def test_a_shortlist_takes_its_share_of_output_and_logits(wide: Path) -> None:
     info = read_model_info(wide)
     assert Shape.expected(config(), 256, info.n_vocab).n_logits is None
     assert Shape.expected(config(), 256, 128_256).n_logits == USUAL
-    assert Shape.expected(config(estimator={"vocabulary": "whole"}), 256, 128_256).n_logits is None
+    assert Shape.expected(config(), 256, 128_256, n_logits=8192).n_logits == 8192
+    assert Shape.expected(config(estimator={"vocabulary": "whole"}), 256, 128_256, n_logits=8192).n_logits is None
     whole = Shape.expected(config(), 256, info.n_vocab)
     found = [training(info, config(), shape).phases[-1].items for shape in (whole, replace(whole, n_logits=500))]
     names = ("weights of layers 1 to 3", "logits of layers 1 to 3")
     weights, logits = ([next(item.size_bytes for item in items if item.name.startswith(name)) for items in found] for name in names)
     assert weights[0] - weights[1] == tensor_bytes((1500, info.n_embd), info.quantisation)
     assert logits == [75 * 4 * 2000, 75 * 4 * 500]
+
+
+def test_a_setting_of_a_run_knows_how_many_tokens_its_data_are_made_of(wide: Path) -> None:
+    info = read_model_info(wide)
+    few, usual = (Setting.of(config(), replace(Shape.expected(config(), 256, info.n_vocab), n_logits=n)) for n in (500, None))
+    assert few.plan(info, "train") == training(info, few.config(info), replace(Shape.expected(few.config(info), 256, info.n_vocab), n_logits=500))
+    assert few.plan(info, "train").peak.total_bytes < usual.plan(info, "train").peak.total_bytes
 
 
 def test_what_is_loaded_already_is_not_asked_for_again(wide: Path) -> None:

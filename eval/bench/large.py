@@ -167,7 +167,7 @@ def recorded_plan(folder: Path) -> dict[str, int]:
 
     facts, config = read_facts(folder), read_config(folder / "config.json")
     info = read_model_info(Path(facts["files"]["model"]))
-    expected = Shape.expected(config, facts["identity"]["context"], info.n_vocab)
+    expected = Shape.expected(config, facts["identity"]["context"], info.n_vocab, n_logits=facts.get("n_logits"))
     n_seq = int(facts.get("n_seq", expected.n_seq))
     plan = training(info, config, replace(expected, n_seq=n_seq, n_outputs=max(expected.n_outputs, n_seq)))
     return {"n_seq": n_seq, "planned_bytes": process_bytes() + plan.peak.total_bytes}

@@ -33,7 +33,7 @@ NEWS = Example("n", {"text": "Cup won"}, ("Sports",), ("World", "Sports"))
 @pytest.mark.parametrize(
     ("kind", "example", "prompt", "invocation"),
     [
-        ("squad", QUESTION, "### Context:\nIt {is} 5.\n\n### Question:\nWhat?\n\n### Answer", ":\n"),
+        ("squad", QUESTION, "### Context:\nIt {is} 5.\n\n### Question:\nWhat?\n\n###", " Answer:"),
         ("pairs", PAIR, "Say it\n\n### Answer", ":\n"),
         ("classification", NEWS, "### Text:\nCup won", "\n\n### Label:\n"),
     ],
