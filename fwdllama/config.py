@@ -73,8 +73,9 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    lr: PositiveFloat = 0.0075  # of the step that would be best for one probe alone; the others of the step add to it, and most noise stays
-    half_life: Positive = 10000  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
+    # Of the step that would be best for one probe alone; the others of the step add to it, and most noise stays. None: see `step.rate_of`.
+    lr: PositiveFloat | None = None
+    half_life: Positive | None = None  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = False  # test each step on fresh examples, as the first is without warm-up; halve or reject it where it is clearly worse
     warmup: bool = True  # begin with steps of few probes, each long for it: twice as fast to what an untrained model learns first

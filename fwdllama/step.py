@@ -11,15 +11,18 @@ stays linear in its directions, which makes a run its ledger of (seed, a_i).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fwdllama.config import StepConfig
 from fwdllama.direction import Bits, each_packed, unpack
 from fwdllama.estimator import Probe
 
+LR, HALF_LIFE, USUAL_PROBES = 0.0075, 10_000, 25_000  # chosen together, in runs of 300 s on two cores (LOG.md)
 WARMUP_LENGTH, WARMUP_EXPONENT = 0.7, 0.75  # chosen by losses within 20 s (LOG.md); an exponent of 1 would make all steps equally long
 
 
@@ -127,6 +130,26 @@ def learning_rate(lr: float, *, fraction: float, final: float, n_probes: int, ha
     0.125
     """
     return lr * ((1 - (1 - final) * fraction) / (1 + n_probes / half_life))
+
+
+def rate_of(step: StepConfig, *, fraction: float, n_probes: int) -> float:
+    """The rate of a run after `n_probes` probes, which were a `fraction` of its budget.
+
+    Where the configuration leaves lr and half_life open, a run of up to USUAL_PROBES has LR and HALF_LIFE. One that has room for s times as many
+    begins with LR / sqrt(s), which halves s times later: it goes further by sqrt(s) with the noise of the shorter one, since that adds up in squares.
+
+    >>> long = {"fraction": 0.5, "n_probes": 2 * USUAL_PROBES}
+    >>> [round(rate_of(StepConfig(final_lr=1.0), **usual), 5) for usual in ({"fraction": 0.5, "n_probes": HALF_LIFE}, long)]
+    [0.00375, 0.00167]
+    """
+    stretch = max(1.0, n_probes / fraction / USUAL_PROBES) if fraction > 0 else 1.0
+    return learning_rate(
+        LR / math.sqrt(stretch) if step.lr is None else step.lr,
+        fraction=fraction,
+        final=step.final_lr,
+        n_probes=n_probes,
+        half_life=HALF_LIFE * stretch if step.half_life is None else step.half_life,
+    )
 
 
 def warmup_factor(share: float) -> float:

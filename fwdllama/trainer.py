@@ -25,7 +25,7 @@ from fwdllama.oracle import Losses, LossOracle
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
 from fwdllama.progress import Clock, Progress
 from fwdllama.sampler import Sampler
-from fwdllama.step import Measured, combined, learning_rate, warmup_factor
+from fwdllama.step import Measured, combined, rate_of, warmup_factor
 from fwdllama.types import Encoded
 
 FIRST_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)  # powers of two, so that scaled coefficients stay exact
@@ -148,13 +148,7 @@ class Trainer:
         first = self._measured(groups, self._losses(members, n_targets=1), Fixed(n_first), fraction, before=whole) if whole and n_first else None
         if whole is None or (n_first and first is None):
             return False
-        lr = learning_rate(
-            config.step.lr * state.lr_scale,
-            fraction=fraction,
-            final=config.step.final_lr,
-            n_probes=state.n_probes,
-            half_life=config.step.half_life,
-        )
+        lr = state.lr_scale * rate_of(config.step, fraction=fraction, n_probes=state.n_probes)
         if share < 1:
             lr *= warmup_factor(share)
         parts = [whole, first] if first else [whole]

@@ -17,7 +17,7 @@ from fwdllama.federation.message import TrainResult
 from fwdllama.federation.spec import RunSpec
 from fwdllama.ledger import Entry
 from fwdllama.pacing import Fixed, Pacing, VarianceGate
-from fwdllama.step import StepState, clipped, coefficients, learning_rate
+from fwdllama.step import StepState, clipped, coefficients, rate_of
 
 ROUNDING = 1e-7  # of losses, relative, as they travel
 LEAST_LOSS = 1e-6  # nats; of a smaller one float32 logits say nothing
@@ -147,8 +147,7 @@ def merge(contributions: Sequence[Contribution], spec: RunSpec, learner: Learner
     limited = np.nan_to_num(measured) if spec.aggregation.rule == "mean" else clipped(measured, spec.aggregation.width)
     usable = limited[np.isfinite(measured)]
     running = StepState(learner.mean_square).updated(usable)
-    step = spec.train.step
-    lr = learning_rate(step.lr, fraction=fraction, final=step.final_lr, n_probes=learner.n_probes, half_life=step.half_life)
+    lr = rate_of(spec.train.step, fraction=fraction, n_probes=learner.n_probes)
     with np.errstate(over="ignore", invalid="ignore"):
         values = coefficients(limited * weights, lr, running.mean_square or 0.0, spec.train.estimator.examples_per_probe)
     values[~np.isfinite(values)] = 0.0  # slopes so small that dividing by their square overflows, which only the rule `mean` lets through

@@ -124,7 +124,7 @@ def test_control_tokens_that_a_user_writes_stay_text(model: Model) -> None:
         n_own = 2 if template.name == "chat" else 0
         assert sum(token in (END, TURN_START, TURN_END) for token in encoded.prompt) == n_own
         assert evil in spelled(model, encoded.prompt)
-        assert spelled(model, encoded.target[:-1]) == "<|im_end|>"
+        assert spelled(model, encoded.target[:-1]) == template.lead + "<|im_end|>"
         assert TURN_END not in encoded.target[:-1]
 
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fwdllama import step as module
+from fwdllama.config import StepConfig
 from fwdllama.direction import packed_bits
-from fwdllama.step import StepState, clipped, coefficients, combined, evened, replayed
+from fwdllama.step import HALF_LIFE, LR, USUAL_PROBES, StepState, clipped, coefficients, combined, evened, rate_of, replayed
 from tests.reference import limited, stepped
 
 SLOPES = st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=30)
@@ -136,6 +137,18 @@ def test_a_step_known_by_its_seeds_and_coefficients_is_redone_bit_for_bit(
 def test_a_positive_coefficient_moves_against_its_direction() -> None:
     z = np.array([-1.0 if byte else 1.0 for byte in np.unpackbits(packed_bits(3, 8), bitorder="little")])
     assert np.array_equal(replayed(np.zeros(8, np.float32), [3], np.array([0.5], np.float32)), -0.5 * z)
+
+
+def test_a_run_with_room_for_more_probes_takes_shorter_steps_that_halve_later() -> None:
+    fractions = (0.0, 0.1, 0.5)
+    few, usual, long = (
+        [rate_of(StepConfig(final_lr=1.0), fraction=f, n_probes=int(f * n)) for f in fractions]
+        for n in (USUAL_PROBES // 10, USUAL_PROBES, 4 * USUAL_PROBES)
+    )
+    assert few == pytest.approx([LR / (1 + f * USUAL_PROBES / 10 / HALF_LIFE) for f in fractions])
+    assert usual == pytest.approx([LR / (1 + f * USUAL_PROBES / HALF_LIFE) for f in fractions])
+    assert long == pytest.approx([LR, usual[1] / 2, usual[2] / 2])  # how long a run is shows when it has begun
+    assert rate_of(StepConfig(final_lr=1.0, lr=1.0, half_life=50), fraction=0.001, n_probes=50) == 0.5
 
 
 def test_examples_in_the_docstrings_hold() -> None:

@@ -20,6 +20,7 @@ from fwdllama.errors import EngineError
 from fwdllama.ledger import read_ledger
 from fwdllama.oracle import Losses, QuadraticOracle
 from fwdllama.progress import Clock, Progress
+from fwdllama.step import HALF_LIFE, LR
 from fwdllama.trainer import CLEARLY_WORSE, Trainer
 from fwdllama.types import Encoded
 
@@ -332,6 +333,12 @@ def test_the_rate_is_half_after_the_probes_of_its_half_life(tmp_path: Path) -> N
     taken = np.cumsum([0, *(row["n_probes"] for row in rows)])[:-1]
     assert [row["lr"] for row in rows] == pytest.approx(1 / (1 + taken / N_PROBES[0]))
     assert rows[1]["lr"] == 0.5
+
+
+def test_a_rate_that_is_left_open_follows_from_the_probes_taken(tmp_path: Path) -> None:
+    trained(tmp_path / "run", config(step={"lr": None, "half_life": None, "accept": False, "final_lr": 1.0}))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["lr"] for row in rows[:2]] == pytest.approx([LR, LR / (1 + rows[0]["n_probes"] / HALF_LIFE)])
 
 
 def test_a_model_that_has_lost_its_loss_ends_in_a_sentence_and_what_was_done_is_safe(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ STEPS, BATCH, BUDGET, ENGINE = "Steps", "Examples in memory", "When it ends", "E
 
 DataKind = Literal["squad", "pairs", "classification"]
 SET = "{}"  # stands in a help text for the default in the configuration
+OPEN = {"lr": "0.0075, less in runs of more than 25,000 probes", "half_life": "10000, more in such runs"}  # what the configuration leaves open
 
 KindName = Literal["auto", "squad", "pairs", "classification"]
 TemplateName = Literal["seed", "chat"]
@@ -50,6 +51,8 @@ def say_defaults(command: Any) -> None:
             for part in SETTINGS[parameter.name].split("."):
                 value = getattr(value, part)
             value = value if parameter.default is None else parameter.default
+            if value is None:
+                value = OPEN[parameter.name]
             if isinstance(value, bool):
                 value = parameter.name if value else f"no-{parameter.name}"
             text = ",".join(value) if isinstance(value, tuple) else str(value)
