@@ -46,7 +46,7 @@ def engine(path: Path) -> Iterator[Engine]:
 
 
 def adapter_at(
-    target: Path, model_path: Path, *, invocation: str | None = ":\n", base_sha256: str | None = None
+    target: Path, model_path: Path, *, invocation: str | None = " Answer:", base_sha256: str | None = None
 ) -> Path:
     """An adapter that changes every answer, of scope "answer" where an invocation is given."""
     rng = np.random.default_rng(5)
@@ -224,16 +224,16 @@ def test_an_adapter_is_on_from_its_own_invocation_where_that_ends_the_prompt(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = squad(6)
-    late = replace(TEMPLATE, after=(Segment(":"),), invocation=(Segment("\n"),))
+    late = replace(TEMPLATE, after=(Segment(" Answer"),), invocation=(Segment(":"),))
     found: dict[tuple[str, Template], object] = {}
-    for invocation in ("\n", ":\n"):
+    for invocation in (":", " Answer:"):
         file = adapter_at(tmp_path / "a.gguf", path, invocation=invocation)
         with open_engine(path, adapter_path=file, n_threads=1, kv_type="f32") as engine:
             for template in (TEMPLATE, late):
                 answered = answer_dataset(engine, dataset, template, max_new_tokens=MAX_NEW)
                 assert answered.predictions["q0"] == ask(engine, template, dataset.examples[0], max_new_tokens=MAX_NEW)
                 found[invocation, template] = (answered.predictions, answered.losses)
-    assert found["\n", TEMPLATE] == found["\n", late] != found[":\n", TEMPLATE] == found[":\n", late]
+    assert found[":", TEMPLATE] == found[":", late] != found[" Answer:", TEMPLATE] == found[" Answer:", late]
     assert not caplog.records
 
 

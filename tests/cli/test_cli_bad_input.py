@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_its_own_model_data_and_configuration_only(
     folder = tmp_path / "adapter-run"
     config, text = folder / "config.json", data.read_text()
     kept = config.read_text()
-    config.write_text(kept.replace('"lr": 0', '"lr": 1'))
+    config.write_text(kept.replace('"example_clip": 2', '"example_clip": 3'))
     assert config.read_text() != kept
     result = run("resume", "adapter-run", "--steps", 1)
     assert (result.code, "adapter-run belongs to another configuration" in result.error) == (1, True)

@@ -28,20 +28,23 @@ def asked(seed: int = 0, n_prompt: int = 20, *, n: int = 24, invoked: bool = Tru
 
 def test_greedy_answers_are_those_of_fwdllama_answer(base: Path, tmp_path: Path, engine: Engine, edition_of: EditionOf) -> None:
     from fwdllama.answering import ask, choose_template, open_engine
-    from fwdllama.encode import Encoder
+    from fwdllama.encode import Encoder, invocation_tokens
+    from fwdllama.tasks import Kind
+    from fwdllama.tasks.template import seed_template
     from fwdllama.types import Example
 
-    edition = edition_of(1)
-    write_adapter(tmp_path / "a.gguf", edition.adapter)
-    put_on(engine, edition)
     n_different = 0
-    with open_engine(base, adapter_path=tmp_path / "a.gguf", batch=1, n_threads=1) as reference:
-        for kind, fields in (
-            ("pairs", {"prompt": "what is\n\nthis:\nwell"}),
-            ("squad", {"context": "the cat sat", "question": "who:\nsat?"}),
-            ("pairs", {"prompt": "hm"}),
-        ):
-            template = choose_template(reference, "seed", kind)  # type: ignore[arg-type]
+    cases: tuple[tuple[Kind, dict[str, str]], ...] = (
+        ("pairs", {"prompt": "what is\n\nthis:\nwell"}),
+        ("squad", {"context": "the cat sat", "question": "who Answer:\nsat?"}),
+        ("pairs", {"prompt": "hm"}),
+    )
+    for number, (kind, fields) in enumerate(cases, 1):
+        edition = edition_of(number, invocation=invocation_tokens(engine.model, seed_template(kind)))
+        write_adapter(tmp_path / "a.gguf", edition.adapter)
+        put_on(engine, edition)
+        with open_engine(base, adapter_path=tmp_path / "a.gguf", batch=1, n_threads=1) as reference:
+            template = choose_template(reference, "seed", kind)
             example = Example("q", fields, ())
             encoded = Encoder(reference.model, template).question(example)
             prompt = "".join(segment.text for segment in (*template.render(example), *template.invocation))
