@@ -15,6 +15,7 @@ from fwdllama.space import MODULES
 
 FIRST_ROUNDS = 10  # unless said otherwise
 WARMUP_ROUNDS = (1, 1, 2, 2, 4, 4)  # of the first steps
+LR, HALF_LIFE, USUAL_PROBES = 0.0075, 10_000, 25_000  # unless said otherwise; chosen together, in runs of 300 s on two cores, of so many probes
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -73,9 +74,10 @@ class PacingConfig(Section):
 class StepConfig(Section):
     """What a step does with its slopes."""
 
-    # Of the step that would be best for one probe alone; the others of the step add to it, and most noise stays. None: see `step.rate_of`.
+    # lr: of the step that would be best for one probe alone; the others of the step add to it, and most noise stays. half_life: probes after which
+    # it is half, and after twice as many a third, since slopes shrink as answers become right. None: LR and HALF_LIFE, see `step.rate_of`.
     lr: PositiveFloat | None = None
-    half_life: Positive | None = None  # probes after which lr is half, and after twice as many a third: slopes shrink as answers become right
+    half_life: Positive | None = None
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.05  # fraction left at the end of the budget
     accept: bool = False  # test each step on fresh examples, as the first is without warm-up; halve or reject it where it is clearly worse
     warmup: bool = True  # begin with steps of few probes, each long for it: twice as fast to what an untrained model learns first

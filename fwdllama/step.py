@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fwdllama.config import StepConfig
+from fwdllama.config import HALF_LIFE, LR, USUAL_PROBES, StepConfig
 from fwdllama.direction import Bits, each_packed, unpack
 from fwdllama.estimator import Probe
 
-LR, HALF_LIFE, USUAL_PROBES = 0.0075, 10_000, 25_000  # chosen together, in runs of 300 s on two cores (LOG.md)
 WARMUP_LENGTH, WARMUP_EXPONENT = 0.7, 0.75  # chosen by losses within 20 s (LOG.md); an exponent of 1 would make all steps equally long
 
 

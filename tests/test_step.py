@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fwdllama import step as module
-from fwdllama.config import StepConfig
+from fwdllama.config import HALF_LIFE, LR, USUAL_PROBES, StepConfig
 from fwdllama.direction import packed_bits
-from fwdllama.step import HALF_LIFE, LR, USUAL_PROBES, StepState, clipped, coefficients, combined, evened, rate_of, replayed
+from fwdllama.step import StepState, clipped, coefficients, combined, evened, rate_of, replayed
 from tests.reference import limited, stepped
 
 SLOPES = st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=30)

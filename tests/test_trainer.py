@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from fwdllama.batches import RollingBatches
 from fwdllama.checkpoint import RunDirectory, State, read_metrics
-from fwdllama.config import TrainConfig, make_config
+from fwdllama.config import HALF_LIFE, LR, TrainConfig, make_config
 from fwdllama.direction import direction
 from fwdllama.errors import EngineError
 from fwdllama.ledger import read_ledger
 from fwdllama.oracle import Losses, QuadraticOracle
 from fwdllama.progress import Clock, Progress
-from fwdllama.step import HALF_LIFE, LR
 from fwdllama.trainer import CLEARLY_WORSE, Trainer
 from fwdllama.types import Encoded
 

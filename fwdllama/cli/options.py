@@ -25,7 +25,6 @@ STEPS, BATCH, BUDGET, ENGINE = "Steps", "Examples in memory", "When it ends", "E
 
 DataKind = Literal["squad", "pairs", "classification"]
 SET = "{}"  # stands in a help text for the default in the configuration
-OPEN = {"lr": "0.0075, less in runs of more than 25,000 probes", "half_life": "10000, more in such runs"}  # what the configuration leaves open
 
 KindName = Literal["auto", "squad", "pairs", "classification"]
 TemplateName = Literal["seed", "chat"]
@@ -42,9 +41,10 @@ class Command(TyperCommand):
 
 def say_defaults(command: Any) -> None:
     """Put the default of each setting, its option's own or the configuration's, into the help of its option; safe to call twice."""
-    from fwdllama.config import make_config
+    from fwdllama.config import HALF_LIFE, LR, USUAL_PROBES, make_config
 
     config = make_config({"budget": {"steps": 1}})
+    left_open = {"lr": f"{LR}, less in runs of more than {USUAL_PROBES:,} probes", "half_life": f"{HALF_LIFE}, more in such runs"}
     for parameter in command.params:
         if parameter.name in SETTINGS and SET in (parameter.help or ""):
             value: Any = config
@@ -52,7 +52,7 @@ def say_defaults(command: Any) -> None:
                 value = getattr(value, part)
             value = value if parameter.default is None else parameter.default
             if value is None:
-                value = OPEN[parameter.name]
+                value = left_open[parameter.name]
             if isinstance(value, bool):
                 value = parameter.name if value else f"no-{parameter.name}"
             text = ",".join(value) if isinstance(value, tuple) else str(value)

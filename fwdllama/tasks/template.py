@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fwdllama.errors import DataError
 from fwdllama.score import normalise
@@ -19,22 +19,30 @@ from fwdllama.types import Example, Segment
 
 NO_ANSWER = "unanswerable"
 
-# Around an answer, or a label: the end of the prompt, and the invocation, from which an adapter of scope `answer` is on. What it adds at each
-# token of that helps to look the answer up, but each costs every probe: of the lengths that are not told apart the shortest, and for labels,
-# whose probes have no other tokens, all (LOG.md).
-_SEED_MARKER: Mapping[Kind, tuple[str, str]] = {
-    "squad": ("\n\n###", " Answer:"),
-    "pairs": ("\n\n### Answer", ":\n"),
-    "classification": ("", "\n\n### Label:\n"),
+
+class _Marker(NamedTuple):
+    """Around an answer or a label of the seed template: the end of the prompt, the invocation, from which an adapter of scope `answer` is on,
+    what the model writes before the answer, and what ends it, None: the model's own token for that.
+    """
+
+    before: str
+    invocation: str
+    lead: str = ""
+    end: str | None = None
+
+
+# What an adapter adds at each token of the invocation helps to look the answer up, but each costs every probe: of the lengths that are not told
+# apart a short one, and for labels, whose probes have no other tokens, all (LOG.md).
+#
+# An answer to a question stands in the context, where nearly every word has a space before it and is another token with it than without: on the
+# line of its marker, behind a space, it can be copied (6 points of F1; LOG.md). It is one line, and in plain text every model expects a newline
+# behind it: SmolLM2-135M-Instruct at 2.6 nats, its end token at 9.7, and to learn that one is to hold up a large slope that every probe disturbs.
+# Other answers may have lines.
+_SEED_MARKERS: Mapping[Kind, _Marker] = {
+    "squad": _Marker("\n\n###", " Answer:", lead=" ", end="\n"),
+    "pairs": _Marker("\n\n### Answer", ":\n"),
+    "classification": _Marker("", "\n\n### Label:\n"),
 }
-
-# An answer that stands in the context is to be copied from there, where nearly every word has a space before it and is another token with it than
-# without: so it stands on the line of its marker, behind a space (6 points of F1; LOG.md).
-_SEED_LEADS: Mapping[Kind, str] = {"squad": " "}
-
-# An answer to a question is one line, and in plain text every model expects a newline behind it: SmolLM2-135M-Instruct at 2.6 nats,
-# its end token at 9.7, and to learn that one is to hold up a large slope that every probe disturbs (LOG.md). Other answers may have lines.
-_SEED_ENDS: Mapping[Kind, str] = {"squad": "\n"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def seed_template(kind: Kind) -> Template:
     >>> template.invocation
     (Segment(text=':\\n', special=False),)
     """
-    return Template("seed", kind, (Segment(_SEED_MARKER[kind][1]),), lead=_SEED_LEADS.get(kind, ""), end=_SEED_ENDS.get(kind))
+    marker = _SEED_MARKERS[kind]
+    return Template("seed", kind, (Segment(marker.invocation),), lead=marker.lead, end=marker.end)
 
 
 def chat_template(source: str, kind: Kind, bos_token: str, eos_token: str) -> Template:
@@ -146,7 +155,7 @@ def _special(text: str) -> tuple[Segment, ...]:
 
 def _seed_content(kind: Kind, fields: Mapping[str, str], choices: tuple[str, ...]) -> str:
     # an f-string inserts values as they are: braces in a user's text stay braces
-    end = _SEED_MARKER[kind][0]
+    end = _SEED_MARKERS[kind].before
     if kind == "squad":
         return f"### Context:\n{fields['context']}\n\n### Question:\n{fields['question']}{end}"
     if kind == "pairs":
