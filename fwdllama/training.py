@@ -81,6 +81,8 @@ def resume(run_path: Path, hooks: Hooks, *, out: Path | None = None, budget: dic
         with opened(config, Path(files["model"]), source, hooks, a=a) as session:
             for key, value in session.identity().items():
                 _check_same(run_path, key, facts["identity"].get(key), value)
+            if held.scope == "answer":  # earlier versions asked in other forms, which neither the configuration nor the data tell
+                _check_same(run_path, "form of questions, of an answer behind the tokens", held.invocation_tokens, session.invocation)
             theta = run.theta(session.space.initial_theta())
             return session.finish(run, theta, target, None)
 

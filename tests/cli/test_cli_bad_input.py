@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
 import pytest
 
+from gguf_tools.adapter import read_adapter, write_adapter
 from gguf_tools.synth import write_tiny_llama
 from tests.questions import squad
 
@@ -167,6 +170,14 @@ def test_a_run_goes_on_with_its_own_model_data_and_configuration_only(
     result = run("resume", "adapter-run", "--steps", 1)
     assert (result.code, "adapter-run belongs to another base model" in result.error) == (1, True)
     shutil.copy(model, own)
+    initial = folder / "initial.gguf"
+    begun = initial.read_bytes()
+    write_adapter(initial, replace(read_adapter(initial), invocation_tokens=(61, 13)))
+    result = run("resume", "adapter-run", "--steps", 1)
+    sentence = r"adapter-run belongs to another form of questions, of an answer behind the tokens: it was \(61, 13\), and is \(\d+, .*\) now\."
+    assert result.code == 1
+    assert re.search(sentence, result.error)
+    initial.write_bytes(begun)
     assert run("resume", "adapter-run", "--steps", 1).code == 0
 
 
